@@ -7,6 +7,7 @@
     ours        the trainer's step: batch from the cache, noise, both forwards, loss, backward, clipping, AdamW
     bank        ours with the reference's errors read from a filled bank
     re-encode   ours with pictures decoded and encoded by the VAE and prompts by the text encoder at every step
+    published   re-encode with the library's own attention kernels and the VAE under autocast, as published scripts run it
 
 The variants take turns in one process, so that a change of the machine's speed meets all of them; medians and ratios are
 what to read. Peak memory is that of a process (or of the GPU's allocator) that runs one variant alone.
@@ -23,13 +24,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from flowalign import config as configuration
+from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.data.images import decode, fit
 from flowalign.data.readers import open_comparisons
@@ -37,7 +41,7 @@ from flowalign.rng import Keyed
 from flowalign.setup import Prepared, make_accelerator, prepare
 from flowalign.train.trainable import trained
 
-VARIANTS = ("floor", "reference", "ours", "bank", "re-encode")
+VARIANTS = ("floor", "reference", "ours", "bank", "re-encode", "published")
 
 
 def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str, Callable[[], None]]]:
@@ -61,8 +65,8 @@ def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str,
         with torch.no_grad(), ready.step.autocast():
             ready.family.predict(ready.step.reference, x_t, t, conditioning)
 
-    def train_on(batch: Batch, run: Prepared = ready) -> None:
-        loss, _ = run.step(batch, rng)
+    def train_on(batch: Batch, run: Prepared = ready, step: PreferenceStep | None = None) -> None:
+        loss, _ = (step or run.step)(batch, rng)
         loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(list(trained(run.policy).values()), 1.0)
         run.optimizer.step()
@@ -75,20 +79,25 @@ def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str,
         repeated = banked.batches(0)
         work["bank"] = lambda: train_on(next(repeated), banked)
     if "re-encode" in options.variants:
-        raw = raw_batches(config, ready)
+        raw = raw_batches(config, ready, nullcontext)
         work["re-encode"] = lambda: train_on(next(raw))
+    if "published" in options.variants:
+        plain = replace(ready.step, autocast=accelerator.autocast)
+        scripted = raw_batches(config, ready, accelerator.autocast)
+        work["published"] = lambda: train_on(next(scripted), step=plain)
     return ready, work
 
 
-def raw_batches(config: configuration.Config, ready: Prepared) -> Iterator[Batch]:
-    """Batches of the same comparisons, decoded and encoded anew each time."""
+def raw_batches(config: configuration.Config, ready: Prepared, encoding: Callable[[], Any]) -> Iterator[Batch]:
+    """Batches of the same comparisons, decoded and encoded anew each time, within `encoding()`."""
     comparisons = open_comparisons(config.data.train)
     for batch in ready.batches(0):
         places = [place % len(comparisons) for place in batch.positions]
         rows = [comparisons[place] for place in places]
         pictures = [fit(decode(image.read()), ready.family.resolution) for row in rows for image in row.images]
         pixels = torch.from_numpy(np.stack(pictures)).to(ready.step.device).float() / 255
-        posterior = ready.family.encode_images(pixels)
+        with encoding():
+            posterior = ready.family.encode_images(pixels)
         conditioning = ready.family.encode_prompts([row.prompt for row in rows])
         shape = (len(rows), 2, *posterior.mean.shape[1:])
         yield replace(
@@ -164,16 +173,17 @@ def main() -> None:
         "variants": figures,
         "ours_over_floor_and_reference": ratio("ours", "floor", "reference"),
         "ours_faster_than_re_encode": ratio("re-encode", "ours"),
+        "ours_faster_than_published": ratio("published", "ours"),
         "bank_over_floor": ratio("bank", "floor"),
         "bank_faster_than_re_encode": ratio("re-encode", "bank"),
+        "bank_faster_than_published": ratio("published", "bank"),
     }
     print(f"{'':12}{'s/step':>9}{'pairs/s':>10}{'peak MiB':>10}")
     for name, row in figures.items():
         print(f"{name:12}{row['seconds']:9.3f}{row['pairs_per_second']:10.1f}{row['peak_mib']:10.0f}")
-    print(f"ours / (floor + reference): {result['ours_over_floor_and_reference'] or float('nan'):.3f}")
-    print(f"ours against re-encode:     {result['ours_faster_than_re_encode'] or float('nan'):.2f}x the pairs/s")
-    print(f"bank / floor:               {result['bank_over_floor'] or float('nan'):.3f}")
-    print(f"bank against re-encode:     {result['bank_faster_than_re_encode'] or float('nan'):.2f}x the pairs/s")
+    for name, value in result.items():
+        if name.startswith(("ours_", "bank_")):
+            print(f"{name.replace('_', ' '):32}{value if value is not None else float('nan'):.3f}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

