@@ -145,8 +145,8 @@ class Train(Section):
     """key of all randomness of the run"""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """probability that a comparison trains with the empty prompt"""
-    timesteps: Literal["auto", "uniform", "stratified", "logit_normal", "shifted"] = "auto"
-    """independent, or spread evenly over comparisons: as is, to the middle, or as the scheduler does; auto is the family's"""
+    timesteps: Literal["auto", "uniform", "stratified", "antithetic", "logit_normal", "shifted", "importance"] = "auto"
+    """how times are drawn, see docs/performance.md; auto is the family's, importance learns where gradients are large"""
     log_every: Positive = 10
     """steps between two lines of metrics"""
     validate_every: Positive | None = None

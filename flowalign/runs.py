@@ -53,7 +53,9 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     accelerator = make_accelerator(config, run.path)
     try:
         ready = prepare(config, accelerator, progress=progress)
-        state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler)
+        importance = ready.step.importance
+        learned = importance.tensors() if importance is not None else {}
+        state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
         if found:
             load(found[-1], state, ready.about)
         else:
@@ -108,6 +110,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         if ready.held_out is None
         else lambda: validation(ready.step, ready.held_out, config, accelerator, ready.held_out_bank)
     )
+    importance = ready.step.importance
     started = time.perf_counter()
     finished = fit(
         accelerator,
@@ -116,7 +119,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         ready.batches,
         ready.step,
         config.train,
-        Hooks(record, validate, sample if prompts else None),
+        Hooks(record, validate, sample if prompts else None, importance.refresh if importance is not None else None),
         run.states,
         ready.about,
         progress=progress,
@@ -147,7 +150,7 @@ def validation(
     Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about.
     """
     draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
-    fixed = replace(step, timesteps="stratified", bank=bank)
+    fixed = replace(step, timesteps="stratified", importance=None, bank=bank)
     sums: dict[str, torch.Tensor] = {}
     votes = torch.zeros((), device=accelerator.device)
     count = torch.zeros((), device=accelerator.device)

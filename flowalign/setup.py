@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,21 +17,22 @@ from torch import Tensor, nn
 
 from flowalign import plugins
 from flowalign.align.attention import forwards
-from flowalign.align.bank import ReferenceBank, fill_bank
+from flowalign.align.bank import ReferenceBank
+from flowalign.align.fill import fill_banks
 from flowalign.align.reference import with_reference
 from flowalign.align.step import PreferenceStep
+from flowalign.align.timesteps import Importance
 from flowalign.config import Config, check_knobs
 from flowalign.data.audit import audit
 from flowalign.data.batch import Batch
 from flowalign.data.cache import LatentCache
 from flowalign.data.fill import Cached, fill
-from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
+from flowalign.data.pairs import PairDataset, PairStream
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, write_bad_rows
 from flowalign.errors import ConfigError, DataError, MissingExtraError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
-from flowalign.rng import Keyed
 from flowalign.train.trainable import make_trainable, trained
 
 
@@ -148,6 +148,18 @@ def load_objective(config: Config) -> tuple[Any, dict[str, Any]]:
     return objective, defaults | config.objective.knobs
 
 
+def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
+    """What learns which times to draw, where that is asked for. Raises ConfigError."""
+    if config.train.timesteps != "importance":
+        return None
+    if config.reference.bank is not None:
+        raise ConfigError(
+            "train.timesteps 'importance' learns which times to draw, and with reference.bank "
+            f"{config.reference.bank} each comparison keeps its own; set reference.bank=null, or train.timesteps=auto."
+        )
+    return Importance(accelerator.device, accelerator.gather)
+
+
 def load_data(
     config: Config, family: Family, folder: Path, progress: bool, main: Accelerator
 ) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
@@ -229,72 +241,12 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch
     )
 
 
-def fill_banks(
-    config: Config,
-    accelerator: Accelerator,
-    step: PreferenceStep,
-    train: PairDataset,
-    held_out: PairDataset | None,
-    *,
-    progress: bool = True,
-) -> tuple[ReferenceBank, ReferenceBank | None]:
-    """The reference's errors at every draw of the train and of the held-out comparisons, from the cache or computed.
-
-    Raises ConfigError where errors alone are not what the objective needs.
-    """
-    if step.objective.needs != {"reference"}:
-        needed = ", ".join(sorted(step.objective.needs)) or "no reference"
-        raise ConfigError(
-            f"reference.bank stores the reference's errors, but objective.name {config.objective.name!r} needs {needed}; "
-            "set reference.bank=null."
-        )
-    cfg, device = config.train, accelerator.device
-    shared = {
-        "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
-        "compute": [cfg.precision, cfg.compile, device.type, torch.__version__, cfg.batch_size],
-    }
-
-    def fill_(data: PairDataset, fixed: PreferenceStep, seed: int, draws: int, batches: Any, **settings: Any) -> ReferenceBank:
-        cached, rng = data.cached, Keyed(seed)
-        contents = [
-            cached.pictures.tobytes(),
-            cached.ids.tobytes(),
-            cached.prompt.tobytes(),
-            "\0".join(cached.prompts).encode(),
-        ]
-        key = shared | {"seed": seed, "draws": draws, "timesteps": fixed.timesteps, "resolution": data.resolution, **settings}
-        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
-        folder = cache_folder(config.data.cache) / f"bank-{name}"
-        with accelerator.main_process_first():
-            return fill_bank(
-                folder,
-                batches,
-                lambda batch: fixed.reference_errors(batch, rng),
-                count=len(data),
-                draws=draws,
-                progress=progress and accelerator.is_main_process,
-            )
-
-    drawn = config.reference.bank or 1
-    stream = pair_stream(config, accelerator, train)
-    dropout = {"caption_dropout": cfg.caption_dropout, "flips": train.cached.flips}
-    bank = fill_(train, step, cfg.seed, drawn, stream.covering, **dropout)
-    if held_out is None:
-        return bank, None
-    fixed = replace(step, timesteps="stratified")
-    count = cfg.validation_draws
-
-    def batches(draw: int) -> Iterator[Batch]:
-        return fixed_draws(held_out, cfg.batch_size, count, draw)
-
-    return bank, fill_(held_out, fixed, cfg.seed + 1, count, batches)
-
-
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
     """Load, cache and build all parts of an alignment. Raises UserErrors for what cannot be used."""
     objective, knobs = load_objective(config)
     family = load_family(config, accelerator.device)
-    timesteps = family.timesteps if config.train.timesteps == "auto" else config.train.timesteps
+    importance = choose_importance(config, accelerator)
+    timesteps = family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
     about: dict[str, object] = {
         "denoiser": family.fingerprint("denoiser"),
         "processes": accelerator.num_processes,
@@ -305,7 +257,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
             mode="json",
             include={"batch_size", "accumulation", "seed", "caption_dropout", "precision", "optimizer"},
         )
-        | {"timesteps": timesteps},
+        | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
+        | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
     train, held_out, summary = load_data(config, family, Path(config.output), progress, accelerator)
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
@@ -325,10 +278,12 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         autocast=forwards(accelerator.autocast, accelerator.device, kernels=own_kernels),
         memory_format=layout,
         num_chosen=train.cached.num_chosen,
+        importance=importance,
     )
     bank = held_out_bank = None
     if config.reference.bank is not None:
-        bank, held_out_bank = fill_banks(config, accelerator, step, train, held_out, progress=progress)
+        stream, folder = pair_stream(config, accelerator, train), cache_folder(config.data.cache)
+        bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind == "lora"
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
     make_trainable(

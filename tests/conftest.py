@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,3 +205,28 @@ def prepared(settings: Callable[..., Config], tmp_path: Path) -> Callable[..., P
         return prepare(config, make_accelerator(config, tmp_path / "run"), progress=False)
 
     return make
+
+
+@pytest.fixture
+def no_read_back() -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which it fails where a tensor's value is read by Python, which on a GPU waits for all work before it."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReadBack(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+                raise AssertionError(f"{func} reads back from the device")
+            return func(*args, **(kwargs or {}))
+
+    def refuse(self: torch.Tensor, *_: Any) -> Any:
+        raise AssertionError("tolist or numpy reads back from the device")
+
+    @contextmanager
+    def forbidden() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch, NoReadBack():
+            for name in ("tolist", "numpy"):  # no operators, so that a dispatch mode does not see them
+                patch.setattr(torch.Tensor, name, refuse)
+            yield
+
+    return forbidden

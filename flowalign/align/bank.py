@@ -1,13 +1,16 @@
-"""The reference's errors at fixed draws of every comparison, computed once and read in later epochs, runs and sweeps.
+"""What the reference says at fixed draws of every comparison, computed once and read in later epochs, runs and sweeps.
 
-A frozen reference gives the same error for the same picture, time and noise. Where draws are repeated it need not run again:
-with K draws and E epochs it runs K times per comparison instead of E times. With E ≤ K nothing is saved.
+A frozen reference says the same for the same picture, time and noise. Where draws are repeated it need not run again: with K
+draws and E epochs it runs K times per comparison instead of E times. With E ≤ K nothing is saved.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,57 +20,111 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowalign.data.batch import Batch
-from flowalign.errors import NonFiniteError
+from flowalign.errors import ConfigError, NonFiniteError
 from flowalign.files import atomic
 
-Errors = Callable[[Batch], Tensor]
+Reference = Callable[[Batch], tuple[Tensor, Tensor]]
+"""A batch -> the reference's errors `[B, N]` and predictions `[B, N, C, h, w]`."""
 
 
 @dataclass(frozen=True)
 class ReferenceBank:
-    """Errors of n comparisons with K draws each."""
+    """Errors, and predictions where an objective needs them, of n comparisons with K draws each, on the CPU."""
 
     errors: Tensor
-    """`[n·K, N]` float32, on the CPU; row place·K + draw."""
+    """`[n·K, N]` float32; row place·K + draw."""
+    predictions: tuple[Tensor, ...] = ()
+    """Per draw `[n, N, C, h, w]`, mapped from its file and read as rows are asked for."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """The reference's errors `[B, N]` of a batch whose `positions` are place·K + draw."""
         return self.errors[torch.tensor(batch.positions)]
 
+    def predicted(self, batch: Batch) -> Tensor:
+        """The reference's predictions of that batch, `[B, N, C, h, w]`, as they were stored."""
+        places = [divmod(position, len(self.predictions)) for position in batch.positions]
+        return torch.stack([self.predictions[draw][place] for place, draw in places])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is kept of the reference besides its errors."""
+
+    precision: torch.dtype | None = None
+    """Predictions in this precision; None keeps none. In the denoiser's own output precision nothing is rounded."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("errors",) if self.precision is None else ("errors", "predictions")
+
+    def size(self, rows: int, latents: tuple[int, ...]) -> int:
+        """Bytes on disk of so many comparisons (times draws) with latents `[N, C, h, w]`."""
+        predictions = 0 if self.precision is None else self.precision.itemsize * math.prod(latents)
+        return rows * (4 * latents[0] + predictions)
+
 
 def fill_bank(
-    folder: Path, batches: Callable[[int], Iterator[Batch]], errors: Errors, *, count: int, draws: int, progress: bool = True
+    folder: Path,
+    batches: Callable[[int], Iterator[Batch]],
+    reference: Reference,
+    *,
+    count: int,
+    draws: int,
+    stored: Stored = Stored(),
+    progress: bool = True,
 ) -> ReferenceBank:
     """Read the bank in `folder`, computing what is missing: one file per draw, so a killed call goes on where it was.
 
     `batches(draw)` yields every one of the `count` comparisons at that draw, in the shapes trained on: kernels are chosen by
-    shape, and their last bits with them. `errors` is the reference's, `[B, N]`. The folder's name must say what the errors
-    depend on; damaged files are computed again. Raises NonFiniteError.
+    shape, and their last bits with them. The folder's name must say what the reference's answers depend on; files that are
+    damaged, or lack predictions that are wanted, are computed again, and predictions that are not wanted are not read.
+    Raises NonFiniteError, and ConfigError where the disk cannot hold the bank.
     """
-    found: list[Tensor] = []
+    found: list[dict[str, Tensor]] = []
     with tqdm(total=count * draws, desc="reference bank", unit="pair", disable=not progress) as bar:
         for draw in range(draws):
             path = folder / f"draw-{draw:05d}.safetensors"
-            rows = _read(path, count)
+            rows = _read(path, count, stored)
             if rows is None:
-                rows = _compute(batches(draw), errors, count, draws, bar)
+                stream = batches(draw)
+                first = next(stream)
+                _announce(folder, stored.size(count * (draws - draw), tuple(first.mean.shape[1:])), bar)
                 with atomic(path) as temporary:
-                    save_file({"errors": rows}, temporary)
+                    save_file(_compute(first, stream, reference, count, draws, stored, bar), temporary)
+                rows = load_file(path)  # mapped, so that not all predictions need to fit into memory
             else:
                 bar.update(count)
             found.append(rows)
-    return ReferenceBank(torch.stack(found, dim=1).flatten(0, 1))
+    errors = torch.stack([rows["errors"] for rows in found], dim=1).flatten(0, 1)
+    return ReferenceBank(errors, tuple(rows["predictions"] for rows in found if stored.precision is not None))
 
 
-def _compute(batches: Iterator[Batch], errors: Errors, count: int, draws: int, bar: tqdm) -> Tensor:
-    rows: Tensor | None = None
-    for batch in batches:
-        values = errors(batch).cpu()
-        if rows is None:
-            rows = torch.full((count, values.shape[1]), torch.nan)
-        rows[torch.tensor(batch.positions) // draws] = values
+def _announce(folder: Path, size: int, bar: tqdm) -> None:
+    """Say how much disk will be taken, before it is. Raises ConfigError where there is less."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ConfigError(
+            f"the reference bank needs {size / 2**20:.0f} MiB in {folder.parent}, where {free / 2**20:.0f} MiB are free; set "
+            "data.cache to a folder on a larger disk, or a smaller reference.bank."
+        )
+    bar.set_postfix_str(f"{size / 2**20:.1f} MiB to {folder.name}")
+
+
+def _compute(
+    first: Batch, others: Iterator[Batch], reference: Reference, count: int, draws: int, stored: Stored, bar: tqdm
+) -> dict[str, Tensor]:
+    pictures, *shape = first.mean.shape[1:]
+    rows = {"errors": torch.full((count, pictures), torch.nan)}
+    if stored.precision is not None:
+        rows["predictions"] = torch.full((count, pictures, *shape), torch.nan, dtype=stored.precision)
+    for batch in chain([first], others):
+        places = torch.tensor(batch.positions) // draws
+        for name, values in zip(("errors", "predictions"), reference(batch), strict=True):
+            if name in rows:
+                rows[name][places] = values.to("cpu", rows[name].dtype)
         bar.update(min(len(batch), bar.total - bar.n))
-    if rows is None or not rows.isfinite().all():
+    if not all(values.isfinite().all() for values in rows.values()):
         raise NonFiniteError(
             "the reference's errors hold NaN or infinity; check that the checkpoint is whole, or train with "
             "train.precision=fp32."
@@ -75,9 +132,11 @@ def _compute(batches: Iterator[Batch], errors: Errors, count: int, draws: int, b
     return rows
 
 
-def _read(path: Path, count: int) -> Tensor | None:
+def _read(path: Path, count: int, stored: Stored) -> dict[str, Tensor] | None:
+    """Rows of an intact file that holds all that is wanted."""
     try:
-        rows = load_file(path)["errors"]
-    except (OSError, SafetensorError, KeyError):
+        rows = load_file(path)
+    except (OSError, SafetensorError):
         return None
-    return rows if rows.shape[0] == count and bool(rows.isfinite().all()) else None
+    whole = all(name in rows and len(rows[name]) == count for name in stored.names)
+    return rows if whole and bool(rows["errors"].isfinite().all()) else None

@@ -12,38 +12,11 @@ from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.terms import Objective, Terms
+from flowalign.align.timesteps import TIMESTEPS, Importance, squared_gradient
 from flowalign.data.batch import GEOMETRY, Batch, Conditioning
 from flowalign.errors import SelfTestError
 from flowalign.families.base import Family
 from flowalign.rng import Keyed
-
-
-def _uniform(rng: Keyed, batch: Batch, family: Family) -> Tensor:
-    return rng.uniform("timestep", batch.ids, batch.draws)
-
-
-def _stratified(rng: Keyed, batch: Batch, family: Family) -> Tensor:
-    return rng.stratified("timestep", batch.positions)
-
-
-def _logit_normal(rng: Keyed, batch: Batch, family: Family) -> Tensor:
-    """σ(z), z ~ N(0, 1): middle times more often (Esser et al. 2024, 2403.03206, eq. 19); z by the inverse of its CDF."""
-    even = _stratified(rng, batch, family).clamp(1e-6, 1 - 1e-6)
-    return torch.special.ndtri(even).sigmoid()
-
-
-def _shifted(rng: Keyed, batch: Batch, family: Family) -> Tensor:
-    height, width = batch.mean.shape[-2:]
-    return family.shifted(_stratified(rng, batch, family), (height, width))
-
-
-TIMESTEPS: dict[str, Callable[[Keyed, Batch, Family], Tensor]] = {
-    "uniform": _uniform,
-    "stratified": _stratified,
-    "logit_normal": _logit_normal,
-    "shifted": _shifted,
-}
-"""Times `[B]` in [0, 1], float64. All but the first spread evenly over consecutive comparisons before they are bent."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +30,22 @@ class PreferenceStep:
     objective: Objective
     knobs: dict[str, float]
     timesteps: str
+    """One of `TIMESTEPS`."""
     device: torch.device
     autocast: Callable[[], AbstractContextManager[None]]
     memory_format: torch.memory_format = torch.contiguous_format
     num_chosen: int = 1
     """How many of a comparison's N pictures are chosen."""
     bank: ReferenceBank | None = None
-    """The reference's errors, where draws are repeated."""
+    """The reference's errors, and predictions where they are needed, where draws are repeated."""
+    importance: Importance | None = None
+    """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws."""
         pictures, shape = batch.mean.shape[1], batch.mean.shape[2:]
         draws = [rng.normal(stream, batch.ids, batch.draws, shape) for stream in ("posterior", "noise")]
-        t = TIMESTEPS[self.timesteps](rng, batch, self.family)
+        t = self._times(batch, rng)
         mean, std, posterior, noise, t = (self._ship(tensor) for tensor in (batch.mean, batch.std, *draws, t))
         x0 = (mean + std * posterior[:, None]).flatten(0, 1)
         t = t.repeat_interleave(pictures)
@@ -89,27 +65,27 @@ class PreferenceStep:
         with self.autocast():
             prediction = self.family.predict(self.policy, x_t, t, conditioning)
         prediction = prediction.float()
-        reference_error = drift = None
+        reference_error = anchor = None
         if self.objective.needs and self.bank is not None:
             reference_error = self._ship(self.bank(batch))
+            anchor = self._ship(self.bank.predicted(batch)).flatten(0, 1) if "drift" in self.objective.needs else None
         elif self.objective.needs:
             anchor = self._anchor(x_t, t, conditioning)
             reference_error = _mean_square(anchor - target).view(count, pictures)
-            if "drift" in self.objective.needs:
-                drift = _mean_square(prediction - anchor).view(count, pictures)
+        with_drift = anchor is not None and "drift" in self.objective.needs
         return Terms(
             policy_error=_mean_square(prediction - target).view(count, pictures),
             reference_error=reference_error,
-            drift=drift,
+            drift=_mean_square(prediction - anchor).view(count, pictures) if with_drift else None,
             preference=self._ship(batch.preference),
             num_chosen=self.num_chosen,
         )
 
-    def reference_errors(self, batch: Batch, rng: Keyed) -> Tensor:
-        """What a bank stores: the reference's errors `[B, N]`."""
+    def for_bank(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
+        """What a bank stores: the reference's errors `[B, N]` and its predictions `[B, N, C, h, w]`, float32."""
         x_t, target, t = self.noised(batch, rng)
         anchor = self._anchor(x_t, t, self.told(batch))
-        return _mean_square(anchor - target).view(batch.mean.shape[:2])
+        return _mean_square(anchor - target).view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
 
     @torch.no_grad()
     def _anchor(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -122,7 +98,15 @@ class PreferenceStep:
         """Loss `[B]`, weighted, and per-comparison metrics `[B]`, detached; nothing is read back from the device."""
         terms = self.terms(batch, rng)
         loss = self.objective(terms, **self.knobs) * self._ship(batch.weight)
-        return loss, {"loss": loss.detach(), **self.measure(terms)}
+        metrics = self.measure(terms)
+        if self.importance is not None:
+            _, bins, weight = self.importance.place(TIMESTEPS[self.timesteps].spread(rng, batch))
+            if torch.is_grad_enabled():
+                self.importance.observe(self._ship(bins), squared_gradient(loss, terms))
+            weight = self._ship(weight)
+            loss = loss * weight
+            metrics = {name: value * weight / weight.mean() for name, value in metrics.items()}
+        return loss, {"loss": loss.detach(), **metrics}
 
     @torch.no_grad()
     def measure(self, terms: Terms) -> dict[str, Tensor]:
@@ -163,6 +147,14 @@ class PreferenceStep:
                 "checkpoint is whole (non-finite weights?) or train with train.precision=fp32."
             )
         return margin
+
+    def _times(self, batch: Batch, rng: Keyed) -> Tensor:
+        """`[B]` in [0, 1], float64, on the CPU."""
+        sampler = TIMESTEPS[self.timesteps]
+        even = sampler.spread(rng, batch)
+        if self.importance is not None:
+            even, _, _ = self.importance.place(even)
+        return sampler.bend(even, batch, self.family)
 
     def _ship(self, tensor: Tensor) -> Tensor:
         """To the device without waiting for it."""

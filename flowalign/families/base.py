@@ -50,7 +50,7 @@ class Family(ABC):
     lora_targets: tuple[str, ...]
     """Module names that LoRA adapts unless told otherwise."""
     timesteps: str = "stratified"
-    """How training times are drawn unless told otherwise; a name in `align.step.TIMESTEPS`."""
+    """How training times are drawn unless told otherwise; a name in `align.timesteps.TIMESTEPS`."""
 
     @classmethod
     @abstractmethod

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ class State:
     ema: dict[str, Tensor] | None
     scaler: torch.amp.GradScaler | None = None
     """Loss scale of fp16."""
+    learned: dict[str, Tensor] = field(default_factory=dict)
+    """What the step itself has learned, the same on every rank; restored in place."""
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
         if self.ema is not None:
             out |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
+        out |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             out |= {f"optimizer/{key}/{names[index]}": torch.as_tensor(value) for key, value in slots.items()}
@@ -75,7 +78,7 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
             f"the saved state {path} cannot be read ({error}); delete that folder and resume again."
         ) from error
     different = list(_differences(saved, json.loads(json.dumps(about))))
-    expected = {f"parameter/{name}" for name in state.parameters} | {f"ema/{name}" for name in state.ema or {}}
+    expected = {name for name in state.tensors() if not name.startswith("optimizer/")}
     found = {name for name in tensors if not name.startswith("optimizer/")}
     if different or expected != found:
         what = ", ".join(different) or f"{len(found)} parameters were saved and {len(expected)} are here"
@@ -88,6 +91,8 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
             parameter.copy_(tensors[f"parameter/{name}"])
         for name, tensor in (state.ema or {}).items():
             tensor.copy_(tensors[f"ema/{name}"])
+        for name, tensor in state.learned.items():
+            tensor.copy_(tensors[f"learned/{name}"])
     slots: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(state.parameters.items()):
         mine = {k.split("/")[1]: v for k, v in tensors.items() if k.startswith("optimizer/") and k.split("/", 2)[2] == name}

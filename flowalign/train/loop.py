@@ -32,6 +32,8 @@ class Hooks:
     """Write one line of metrics."""
     validate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[int], None] | None = None
+    refresh: Callable[[], None] | None = None
+    """Every `log_every` steps, when the device has been waited for: what the step learns from its own batches."""
 
 
 def learning_rate(step: int, cfg: Train) -> float:
@@ -147,6 +149,8 @@ def fit(
             ended = state.step == cfg.steps
             if state.step % cfg.log_every == 0 or ended:
                 flush()
+            if hooks.refresh is not None and state.step % cfg.log_every == 0:
+                hooks.refresh()
             if (cfg.validate_every and state.step % cfg.validate_every == 0) or ended:
                 aside(validate)  # before saving, so that a run resumed from here does not record it twice
             if cfg.sample_every and state.step % cfg.sample_every == 0 and not ended:

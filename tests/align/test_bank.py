@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import runs
+from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
-from flowalign.align.terms import needs
 from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.errors import ConfigError, NonFiniteError
 from flowalign.rng import Keyed
-from flowalign.setup import Prepared, fill_banks
+from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
 
 Make = Callable[..., Prepared]
@@ -31,7 +34,20 @@ def cache(tmp_path: Path) -> str:
     return f"data.cache={tmp_path / 'cache'}"
 
 
-def no_reference(self: PreferenceStep, batch: Batch, rng: Keyed) -> torch.Tensor:
+def count_reference(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """From now on, how many pictures the reference is asked about."""
+    calls: Counter[str] = Counter()
+    own = PreferenceStep._anchor
+
+    def counted(self: PreferenceStep, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls["pictures"] += len(x_t)
+        return own(self, x_t, *rest)
+
+    monkeypatch.setattr(PreferenceStep, "_anchor", counted)
+    return calls
+
+
+def no_reference(self: PreferenceStep, batch: Batch, rng: Keyed) -> tuple[torch.Tensor, torch.Tensor]:
     raise RuntimeError("the reference ran")
 
 
@@ -65,7 +81,7 @@ def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
     prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
 ) -> None:
     prepared(BANK, cache)
-    monkeypatch.setattr(PreferenceStep, "reference_errors", no_reference)
+    monkeypatch.setattr(PreferenceStep, "for_bank", no_reference)
     free = ("objective.beta=77.0", "train.learning_rate=0.5", "objective.name=hinge", "trainable.rank=2", "trainable.kind=full")
     for change in free:
         prepared(BANK, cache, change)
@@ -102,9 +118,9 @@ def test_a_full_fine_tune_needs_no_second_model(prepared: Make, cache: str) -> N
 
 def test_a_fill_that_was_killed_goes_on(prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    own = PreferenceStep.reference_errors
+    own = PreferenceStep.for_bank
     monkeypatch.setattr(
-        PreferenceStep, "reference_errors", lambda self, batch, rng: calls.append(batch.draws[0]) or own(self, batch, rng)
+        PreferenceStep, "for_bank", lambda self, batch, rng: calls.append(batch.draws[0]) or own(self, batch, rng)
     )
     prepared(cache, "reference.bank=3")
     files = sorted((tmp_path / "cache").glob("bank-*/draw-*.safetensors"))
@@ -137,24 +153,100 @@ def test_a_run_with_a_bank_is_the_run_with_the_reference_on_the_same_draws(
     assert all(torch.equal(weights[1][0][name], tensor) for name, tensor in weights[0][0].items())
 
 
-def test_objectives_that_need_more_than_errors_are_refused(prepared: Make, cache: str) -> None:
-    ready = prepared(cache)
+LOSSES = """
+from torch.nn.functional import logsigmoid
+from flowalign.align.terms import needs
 
-    @needs("reference", "drift")
-    def drifting(terms: Any) -> Any:
-        return terms.drift.mean(1)
+@needs("reference", "drift")
+def drifting(terms, *, beta: float = 500.0):
+    return -logsigmoid(beta * (terms.margin - terms.drift.mean(1)))
 
-    with pytest.raises(ConfigError, match=r"needs drift, reference; set reference\.bank=null"):
-        fill_banks(ready.config, ready.accelerator, replace(ready.step, objective=drifting), ready.train, ready.held_out)
+@needs()
+def alone(terms):
+    return terms.policy_error[:, 0]
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that offers an objective that needs all there is, and one that needs no reference."""
+    info = tmp_path / "bank_losses-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bank_losses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[flowalign.objectives]\ndrifting = bank_losses:drifting\nalone = bank_losses:alone\n"
+    )
+    (tmp_path / "bank_losses.py").write_text(LOSSES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stored_predictions_give_the_drift(prepared: Make, cache: str, precision: str) -> None:
+    """Of a policy that has moved; in the precision that the denoiser itself answers in, so that nothing is rounded."""
+    settings = [cache, "objective={name: drifting}", f"train.precision={precision}", "train.batch_size=5", "data.flip=true"]
+    ready = prepared(BANK, *settings)
+    live = replace(prepared(*settings).step, bank=None, policy=ready.policy)
+    with torch.no_grad():
+        for parameter in trained(ready.policy).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    assert ready.step.bank is not None
+    assert {rows.dtype for rows in ready.step.bank.predictions} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    for batch in islice(ready.batches(0), 6):
+        stored, found = (step.terms(batch, Keyed(0)) for step in (ready.step, live))
+        assert stored.drift is not None
+        assert float(stored.drift.detach().min()) > 1e-4
+        answer = live.for_bank(batch, Keyed(0))[1]
+        assert torch.equal(answer, answer.to(ready.step.bank.predictions[0].dtype).float())
+        tolerance = dict(rtol=1e-4, atol=5e-7) if precision == "fp32" else dict(rtol=5e-2, atol=1e-4)
+        torch.testing.assert_close(stored.drift, found.drift, **tolerance)
+        torch.testing.assert_close(stored.reference_error, found.reference_error, **tolerance)
+
+
+@pytest.mark.usefixtures("installed")
+def test_predictions_are_stored_where_they_are_needed_and_errors_serve_both(
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = count_reference(monkeypatch)
+    small = prepared(BANK, cache)
+    assert small.step.bank is not None
+    assert small.step.bank.predictions == ()
+    assert calls.pop("pictures") == (2 + 1) * 12 * 2
+    sizes = {path: path.stat().st_size for path in (tmp_path / "cache").glob("bank-*/draw-*.safetensors")}
+    prepared(BANK, cache, "objective={name: drifting}")  # errors alone are not enough
+    assert calls.pop("pictures") == (2 + 1) * 12 * 2
+    grown = {path: path.stat().st_size for path in (tmp_path / "cache").glob("bank-*/draw-*.safetensors")}
+    latents = (2, *small.first_batch().mean.shape[2:])
+    for path, size in sizes.items():
+        assert grown[path] - size == pytest.approx(Stored(torch.float32).size(12, latents) - Stored().size(12, latents), abs=99)
+    for change in ("objective={name: drifting}", "objective={name: hinge}", "objective={name: drifting, beta: 3.0}"):
+        prepared(BANK, cache, change)
+    assert not calls
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_bank_for_an_objective_without_a_reference_is_refused(prepared: Make, cache: str) -> None:
+    with pytest.raises(ConfigError, match=r"'alone' needs no reference; set reference\.bank=null"):
+        prepared(BANK, cache, "objective={name: alone}")
+
+
+def test_a_bank_that_the_disk_cannot_hold_is_refused_before_it_is_filled(
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_reference(monkeypatch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(ConfigError, match=r"needs 0 MiB in .*, where 0 MiB are free; set data\.cache"):
+        prepared(BANK, cache)
+    assert not calls
 
 
 def test_errors_that_are_not_finite_are_not_stored(
     prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(self: PreferenceStep, batch: Batch, rng: Keyed) -> torch.Tensor:
-        return torch.full((len(batch), 2), torch.nan)
+    def broken(self: PreferenceStep, batch: Batch, rng: Keyed) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((len(batch), 2), torch.nan), batch.mean
 
-    monkeypatch.setattr(PreferenceStep, "reference_errors", broken)
+    monkeypatch.setattr(PreferenceStep, "for_bank", broken)
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
         prepared(cache, BANK)
     assert not list((tmp_path / "cache").glob("bank-*/*.safetensors"))

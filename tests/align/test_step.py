@@ -16,7 +16,6 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from flowalign import runs
-from flowalign.align.step import TIMESTEPS
 from flowalign.data.batch import Batch
 from flowalign.errors import SelfTestError
 from flowalign.rng import Keyed
@@ -199,19 +198,6 @@ def test_a_comparison_does_not_depend_on_its_batch_neighbours(prepared: Make) ->
         torch.testing.assert_close(single["error/chosen"][0], metrics["error/chosen"][index], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("timesteps", ["uniform", "stratified"])
-def test_times_cover_the_schedule_and_belong_to_the_draw(prepared: Make, timesteps: str) -> None:
-    ready = prepared(f"train.timesteps={timesteps}", "train.batch_size=12")
-    times = torch.cat([ready.step.noised(batch, Keyed(3))[2][::2] for batch in islice(ready.batches(0), 8)])
-    assert times.dtype == torch.float32
-    assert len(set(times.tolist())) == 96  # the second epoch draws anew
-    counts = torch.histc(times, 4, 0, 1)
-    spread = 2 if timesteps == "stratified" else 21  # five standard deviations
-    assert (counts - 24).abs().max() <= spread
-    later = torch.cat([ready.step.noised(batch, Keyed(3))[2][::2] for batch in islice(ready.batches(48), 4)])
-    assert torch.equal(later, times[48:])
-
-
 def test_gradient_checkpointing_gives_the_same_gradients(prepared: Make) -> None:
     found = []
     for switch in ("false", "true"):
@@ -223,22 +209,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(prepared: Make) -> None
     assert found[0].keys() == found[1].keys() == trained(ready.policy).keys()
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)
-
-
-def test_logit_normal_times_are_sigmoids_of_normal_numbers(prepared: Make) -> None:
-    ready = prepared()
-    batch = replace(ready.first_batch(), positions=tuple(range(4001)))
-    t = TIMESTEPS["logit_normal"](Keyed(0), batch, ready.family).sort().values
-    wanted = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
-    normal = torch.distributions.Normal(0.0, 1.0).icdf(wanted)
-    torch.testing.assert_close(t[(wanted * 4000).long()].logit(), normal, rtol=0, atol=5e-3)
-    assert float(t.min()) > 0
-    assert float(t.max()) < 1
-
-
-def test_auto_times_are_the_familys(prepared: Make) -> None:
-    assert prepared().step.timesteps == prepared("train.timesteps=auto").step.timesteps == "stratified"
-    assert prepared("train.timesteps=shifted").step.timesteps == "shifted"
 
 
 def test_a_tie_has_no_gradient_while_policy_and_reference_agree(prepared: Make) -> None:

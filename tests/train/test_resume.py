@@ -172,8 +172,9 @@ def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_eight_at_once_are_two_four_times_are_two_processes(settings: Make, tmp_path: Path) -> None:
-    common = ("train.steps=2", "train.learning_rate=1e-4", "train.caption_dropout=0.3")
+@pytest.mark.parametrize("timesteps", ["stratified", "importance"])
+def test_eight_at_once_are_two_four_times_are_two_processes(settings: Make, tmp_path: Path, timesteps: str) -> None:
+    common = ("train.steps=2", "train.learning_rate=1e-4", "train.caption_dropout=0.3", f"train.timesteps={timesteps}")
     shapes = {"whole": (8, 1), "accumulated": (2, 4), "ranks": (2, 2)}
     made = {
         name: settings(tmp_path / name, *common, f"train.batch_size={size}", f"train.accumulation={times}")

@@ -1,0 +1,90 @@
+"""The banks of a run: what each is named after, and in which shapes and precision it is filled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from flowalign.align.bank import ReferenceBank, Stored, fill_bank
+from flowalign.align.step import PreferenceStep
+from flowalign.config import Config
+from flowalign.data.batch import Batch
+from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
+from flowalign.errors import ConfigError
+from flowalign.families.sampling import PRECISIONS
+from flowalign.rng import Keyed
+
+
+def fill_banks(
+    config: Config,
+    accelerator: Accelerator,
+    step: PreferenceStep,
+    stream: PairStream,
+    held_out: PairDataset | None,
+    folder: Path,
+    *,
+    progress: bool = True,
+) -> tuple[ReferenceBank, ReferenceBank | None]:
+    """What the reference says at every draw of the train and of the held-out comparisons, from `folder` or computed.
+
+    Errors always, predictions only where the objective needs the drift. Mirroring and caption dropout are keyed by
+    comparison and draw, so that draws fix them too. Raises ConfigError for an objective without a reference.
+    """
+    if not step.objective.needs & {"reference", "drift"}:
+        raise ConfigError(
+            f"reference.bank stores what the reference says, but objective.name {config.objective.name!r} needs no reference; "
+            "set reference.bank=null."
+        )
+    cfg, device = config.train, accelerator.device
+    stored = Stored(PRECISIONS[cfg.precision] if "drift" in step.objective.needs else None)
+    shared = {
+        "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
+        "compute": [cfg.precision, cfg.compile, device.type, torch.__version__, cfg.batch_size],
+    }
+
+    def fill(
+        data: PairDataset,
+        fixed: PreferenceStep,
+        seed: int,
+        draws: int,
+        batches: Callable[[int], Iterator[Batch]],
+        settings: dict[str, Any],
+    ) -> ReferenceBank:
+        cached, rng = data.cached, Keyed(seed)
+        contents = [
+            cached.pictures.tobytes(),
+            cached.ids.tobytes(),
+            cached.prompt.tobytes(),
+            "\0".join(cached.prompts).encode(),
+        ]
+        key = shared | {"seed": seed, "draws": draws, "timesteps": fixed.timesteps, "resolution": data.resolution} | settings
+        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
+        with accelerator.main_process_first():
+            return fill_bank(
+                folder / f"bank-{name}",
+                batches,
+                lambda batch: fixed.for_bank(batch, rng),
+                count=len(data),
+                draws=draws,
+                stored=stored,
+                progress=progress and accelerator.is_main_process,
+            )
+
+    train = stream.dataset
+    dropout = {"caption_dropout": cfg.caption_dropout, "flips": train.cached.flips}
+    bank = fill(train, step, cfg.seed, config.reference.bank or 1, stream.covering, dropout)
+    if held_out is None:
+        return bank, None
+    count = cfg.validation_draws
+
+    def held(draw: int) -> Iterator[Batch]:
+        return fixed_draws(held_out, cfg.batch_size, count, draw)
+
+    return bank, fill(held_out, replace(step, timesteps="stratified"), cfg.seed + 1, count, held, {})
