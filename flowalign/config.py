@@ -37,6 +37,8 @@ class Model(Section):
     """branch, tag or commit on the hub"""
     variant: str | None = None
     """weights variant, such as fp16"""
+    quantize: Literal["nf4"] | None = None
+    """hold the denoiser's frozen linear layers in 4 bits; for LoRA, and needs the extra cuda"""
 
 
 class Data(Section):

@@ -33,6 +33,7 @@ from flowalign.errors import ConfigError, DataError, MissingExtraError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
+from flowalign.train.quantized import quantize
 from flowalign.train.trainable import make_trainable, trained
 
 
@@ -136,6 +137,8 @@ def load_family(config: Config, device: torch.device) -> Family:
     dtype = PRECISIONS[config.train.precision] if config.trainable.kind == "lora" else torch.float32
     family = plugins.load("families", name).load(model.checkpoint, dtype=dtype, revision=model.revision, variant=model.variant)
     family.denoiser.to(device)
+    if model.quantize is not None:
+        quantize(family.denoiser, model.quantize, trainable=config.trainable.kind)
     return family
 
 

@@ -28,6 +28,11 @@ def padded(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return states, real
 
 
+def compute_dtype(denoiser: nn.Module) -> torch.dtype:
+    """Of its first layer, which is no adapter; quantised weights are integers, and their layer's bias says what they were."""
+    return next(parameter.dtype for parameter in denoiser.parameters() if parameter.is_floating_point())
+
+
 class LatentFamily(Family):
     """A denoiser, an AutoencoderKL and text encoders, held together by one diffusers pipeline class."""
 
@@ -131,11 +136,10 @@ class LatentFamily(Family):
 
     def pipeline(self, denoiser: nn.Module) -> Any:
         """A pipeline around `denoiser` with encoders of its own, in the denoiser's dtype and on its device."""
-        first = next(denoiser.parameters())
-        parts = self._load(first.dtype, "vae", *self._texts, "scheduler")
+        parts = self._load(compute_dtype(denoiser), "vae", *self._texts, "scheduler")
         for part in parts.values():
             if isinstance(part, nn.Module):
-                part.to(first.device)
+                part.to(next(denoiser.parameters()).device)
         return self._assemble(denoiser, parts)
 
     def fingerprint(self, part: str) -> str:
@@ -160,7 +164,7 @@ class LatentFamily(Family):
         """To the denoiser's weights' dtype, unless autocast is on."""
         if torch.is_autocast_enabled(x_t.device.type):
             return x_t, *others
-        dtype = next(denoiser.parameters()).dtype  # of the first layer, which is no adapter
+        dtype = compute_dtype(denoiser)
         return tuple(tensor.to(dtype) for tensor in (x_t, *others))
 
     def _device(self) -> torch.device:

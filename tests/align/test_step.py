@@ -198,10 +198,11 @@ def test_a_comparison_does_not_depend_on_its_batch_neighbours(prepared: Make) ->
         torch.testing.assert_close(single["error/chosen"][0], metrics["error/chosen"][index], rtol=1e-3, atol=1e-6)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(prepared: Make) -> None:
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_gradient_checkpointing_gives_the_same_gradients(prepared: Make, trainable: str) -> None:
     found = []
     for switch in ("false", "true"):
-        ready = prepared("trainable.kind=full", f"trainable.gradient_checkpointing={switch}")
+        ready = prepared(f"trainable.kind={trainable}", f"trainable.gradient_checkpointing={switch}")
         ready.model.train()
         assert ready.policy.is_gradient_checkpointing is (switch == "true")
         perturb(ready)
