@@ -148,7 +148,7 @@ class Train(Section):
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """probability that a comparison trains with the empty prompt"""
     timesteps: Literal["auto", "uniform", "stratified", "antithetic", "logit_normal", "shifted", "importance"] = "auto"
-    """how times are drawn, see docs/performance.md; auto is the family's, importance learns where gradients are large"""
+    """how times are drawn, see docs/families.md; auto is the family's, importance learns where gradients are large"""
     log_every: Positive = 10
     """steps between two lines of metrics"""
     validate_every: Positive | None = None

@@ -54,6 +54,7 @@ class LatentFamily(Family):
         parts = self._load(dtype, self.component, "scheduler")
         self.denoiser = parts[self.component].requires_grad_(False).eval()
         self.noise = self.read_noise(parts["scheduler"])
+        self._schedule = dict(parts["scheduler"].config)
         vae = located.settings("vae/config.json")
         if vae.get("_class_name") != self.vae_class:
             raise CheckpointError(
@@ -143,7 +144,7 @@ class LatentFamily(Family):
         return self._assemble(denoiser, parts)
 
     def fingerprint(self, part: str) -> str:
-        """Hash of the weights and settings of "images", "prompts" or "denoiser", in the dtype they are used in.
+        """Hash of the weights and settings of "images", "prompts" or "denoiser" (its noise schedule with it), in their dtype.
 
         Remembered: ask for "denoiser" before training changes it in place.
         """
@@ -153,7 +154,7 @@ class LatentFamily(Family):
             elif part == "prompts":
                 hashed = [getattr(self._text_pipeline(), name) for name in self._texts]
             else:
-                hashed = [self.denoiser]
+                hashed = [self.denoiser, self._schedule]
             self._fingerprints[part] = digest(*hashed)
         return self._fingerprints[part]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowalign import runs
 from flowalign.align.bank import Stored
@@ -78,9 +79,15 @@ def test_every_comparison_keeps_its_two_draws_over_the_epochs(prepared: Make, ca
 
 
 def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
-    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     prepared(BANK, cache)
+    other = {name: shutil.copytree(folders["epsilon"], tmp_path / name) for name in ("weight", "schedule")}
+    weights = load_file(other["weight"] / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file({**weights, "conv_in.bias": weights["conv_in.bias"] + 1e-6}, other["weight"] / "unet" / "changed")
+    (other["weight"] / "unet" / "changed").replace(other["weight"] / "unet" / "diffusion_pytorch_model.safetensors")
+    schedule = other["schedule"] / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}))
     monkeypatch.setattr(PreferenceStep, "for_bank", no_reference)
     free = ("objective.beta=77.0", "train.learning_rate=0.5", "objective.name=hinge", "trainable.rank=2", "trainable.kind=full")
     for change in free:
@@ -95,7 +102,8 @@ def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
         "train.validation_draws=2",
         "data.flip=true",
         "data.limit=11",
-        f"model.checkpoint={folders['sample']}",
+        f"model.checkpoint={other['weight']}",
+        f"model.checkpoint={other['schedule']}",
     )
     for change in bound:
         with pytest.raises(RuntimeError, match="the reference ran"):

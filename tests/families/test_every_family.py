@@ -363,6 +363,19 @@ def test_a_step_reads_nothing_back(settings: Callable[..., Config], no_read_back
         ready.optimizer.step()
 
 
+@pytest.mark.slow
+def test_adapters_learn_beside_a_quantised_base(settings: Callable[..., Config]) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra cuda is not installed")
+    ready = ready_to_train(settings("model.quantize=nf4", "train.precision=bf16"))
+    assert ready.step.self_test(ready.first_batch(), Keyed(0)) < 1e-3
+    loss, _ = ready.step(ready.first_batch(), Keyed(0))
+    loss.mean().backward()
+    ups = [parameter.grad for name, parameter in ready.policy.named_parameters() if "lora_B" in name]
+    reached = [gradient is not None and bool(gradient.any()) for gradient in ups]
+    assert sum(reached) >= len(ups) / 2  # the texts' stream of a last block leads nowhere, quantised or not
+    assert all(gradient.isfinite().all() for gradient in ups if gradient is not None)
+
+
 def test_geometry_reaches_the_step_per_picture(settings: Callable[..., Config]) -> None:
     ready = ready_to_train(settings())
     batch = ready.first_batch()
