@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from flowalign import config as configuration
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.step import PreferenceStep
 from flowalign.config import Config
-from flowalign.data.pairs import PairDataset, fixed_draws
+from flowalign.data.pairs import PairDataset, fixed_draws, sequential
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
@@ -60,6 +61,9 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             load(found[-1], state, ready.about)
         else:
             ready.step.self_test(ready.first_batch(), Keyed(config.train.seed))
+            plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
+            few = islice(sequential(ready.train, 1), 8)
+            plain.gains(few, list(trained(ready.policy).values()), Keyed(config.train.seed))
         if accelerator.is_main_process:  # only now: a resume that is refused leaves the folder as it was
             write_text(run.config, configuration.dump(config))
             run.write_environment(accelerator.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.terms import Objective, Terms
-from flowalign.align.timesteps import TIMESTEPS, Importance, squared_gradient
+from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
 from flowalign.data.batch import GEOMETRY, Batch, Conditioning
 from flowalign.errors import SelfTestError
 from flowalign.families.base import Family
@@ -126,6 +126,23 @@ class PreferenceStep:
             "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
             **{f"error/{side}": rise[:, part].mean(1) for side, part in sides.items()},
         }
+
+    def gains(self, batches: Iterable[Batch], parameters: Sequence[Tensor], rng: Keyed) -> None:
+        """Measure, for `importance`, how gradients in the weights depend on time where those in the predictions do not.
+
+        batches: single comparisons, a few. Each is differentiated once in every bin.
+        """
+        if self.importance is None:
+            return
+        squares = torch.zeros(2, BINS, device=self.device)
+        for batch in batches:
+            for part in range(BINS):
+                terms = replace(self, importance=self.importance.only(part)).terms(batch, rng)
+                loss = self.objective(terms, **self.knobs)
+                squares[1, part] += squared_gradient(loss, terms).sum()
+                found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                squares[0, part] += sum(gradient.square().sum() for gradient in found if gradient is not None)
+        self.importance.learn_gain(squares)
 
     def self_test(self, batch: Batch, rng: Keyed, tolerance: float = 1e-3) -> float:
         """Check that at policy = reference every margin is 0 and the loss is the formula's value there (log 2 for dpo).

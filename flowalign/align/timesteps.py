@@ -76,12 +76,13 @@ TIMESTEPS: dict[str, Sampler] = {
 
 
 class Importance:
-    """Draws parts of [0, 1] in proportion to the root mean square gradient seen there, mixed with FLOOR of even draws.
+    """Draws parts of [0, 1] in proportion to the root mean square gradient expected there, mixed with FLOOR of even draws.
 
-    That proportion gives the least variance of the mean gradient (Katharopoulos & Fleuret 2018, 1803.00942, §3); over
-    times, with losses in place of gradients, it is the resampling of Nichol & Dhariwal 2021, 2102.09672, eq. 18. Losses say
-    nothing here: before training every one is the same. Observing is work for the device alone; the table is read back, and
-    changes, only in `refresh`.
+    What is expected is the gradient of the loss in the predictions, observed at every step, times a `gain`: how much larger the
+    gradient in the weights is, measured once (`PreferenceStep.gains`). That proportion gives the least variance of the mean
+    gradient (Katharopoulos & Fleuret 2018, 1803.00942, §3); over times, with losses in place of gradients, it is the resampling
+    of Nichol & Dhariwal 2021, 2102.09672, eq. 18. Losses say nothing here: before training every one is the same. Observing is
+    work for the device alone; the table is read back, and changes, only in `refresh`.
     """
 
     def __init__(self, device: torch.device, gather: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
@@ -90,7 +91,23 @@ class Importance:
         """`[BINS]` share of the draws, on the CPU, where times are made."""
         self.seen = torch.zeros(2, BINS, device=device)
         """Sum of squared gradients, and their number, of each bin."""
+        self.gain = torch.ones(BINS, dtype=torch.float64)
+        """`[BINS]` relative size of gradients in the weights, for gradients in the predictions of one size; on the CPU."""
         self._gather = gather
+
+    def only(self, part: int) -> Importance:
+        """One that draws nowhere but in one of the bins."""
+        other = Importance(self.seen.device)
+        other.probability.zero_()[part] = 1.0
+        return other
+
+    def learn_gain(self, squares: Tensor) -> None:
+        """squares: `[2, BINS]` sums of squared gradients, in the weights and in the predictions; those of rank 0 count."""
+        weights, predictions = self._gather(squares[None])[0].cpu().double()
+        gain = (weights / predictions).sqrt()
+        if gain.isfinite().all() and gain.sum() > 0:
+            self.gain.copy_(gain / gain.mean())
+            self.probability.copy_(self._mixed(self.gain))
 
     def place(self, even: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Even numbers `[B]` -> (where they are moved to, the bins they fall into, weights 1 / (BINS · probability))."""
@@ -111,20 +128,23 @@ class Importance:
         total, count = self.seen.cpu().double()
         if total.sum() > 0:
             size = ((total + PRIOR * total.sum() / count.sum()) / (count + PRIOR)).sqrt()
-            self.probability.copy_((1 - FLOOR) * size / size.sum() + FLOOR / BINS)
+            self.probability.copy_(self._mixed(size * self.gain))
         self.seen *= FORGET
+
+    def _mixed(self, size: Tensor) -> Tensor:
+        return (1 - FLOOR) * size / size.sum() + FLOOR / BINS
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, to be restored in place."""
-        return {"timesteps/probability": self.probability, "timesteps/seen": self.seen}
+        return {"timesteps/probability": self.probability, "timesteps/seen": self.seen, "timesteps/gain": self.gain}
 
 
 def squared_gradient(loss: Tensor, terms: Terms) -> Tensor:
     """‖∂loss/∂predictions‖² of each comparison, `[B]`, without the factor 4 / elements that all share; detached.
 
     With a = prediction − target and b = prediction − the reference's, a loss of slopes g in e and k in q has a gradient along
-    ga + kb, and mean a·b = ½(e + q − e_ref): no second pass through the denoiser is needed. That the last layer's gradient
-    stands for the whole one is the bound of Katharopoulos & Fleuret 2018, 1803.00942, §3.
+    ga + kb, and mean a·b = ½(e + q − e_ref): no second pass through the denoiser is needed. A last layer's gradient in place of
+    the whole one is the bound of Katharopoulos & Fleuret 2018, 1803.00942, §3.
     """
     wanted = [terms.policy_error] if terms.drift is None else [terms.policy_error, terms.drift]
     slopes = torch.autograd.grad(loss.sum(), wanted, retain_graph=True, allow_unused=True)

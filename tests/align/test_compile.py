@@ -76,11 +76,12 @@ def test_validation_between_steps_makes_no_graph_anew(prepared: Make, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", ["lora", "full"])
-def test_compiled_losses_and_gradients_are_those_of_the_plain_step(prepared: Make, trainable: str) -> None:
+@pytest.mark.parametrize(("trainable", "timesteps"), [("lora", "importance"), ("full", "auto")])
+def test_compiled_losses_and_gradients_are_those_of_the_plain_step(prepared: Make, trainable: str, timesteps: str) -> None:
     found = []
     for switch in ("false", "true"):
-        ready = prepared(f"train.compile={switch}", f"trainable.kind={trainable}", "train.batch_size=4")
+        settings = (f"trainable.kind={trainable}", f"train.timesteps={timesteps}", "train.batch_size=4")
+        ready = prepared(f"train.compile={switch}", *settings)
         ready.model.train()
         perturb(ready)
         loss, _ = ready.step(ready.first_batch(), Keyed(0))

@@ -29,6 +29,7 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
 from flowalign.train.checkpoint import states
+from flowalign.train.trainable import trained
 
 Make = Callable[..., Prepared]
 LEARNING = "train.timesteps=importance"
@@ -135,6 +136,53 @@ def test_draws_follow_the_learned_shares_within_the_floor() -> None:
     assert float(weight.max()) <= 1 / FLOOR
     moved, _, _ = importance.place(torch.tensor([0.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(moved, torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+
+def test_shares_are_observed_gradients_times_their_gain() -> None:
+    importance = Importance(torch.device("cpu"))
+    weights = torch.linspace(1, 4, BINS) ** 2
+    importance.learn_gain(torch.stack([weights * 2.0, torch.full((BINS,), 2.0)]))
+    expected = torch.linspace(1, 4, BINS, dtype=torch.float64)
+    torch.testing.assert_close(importance.gain, expected / 2.5)
+    wanted = (1 - FLOOR) * expected / expected.sum() + FLOOR / BINS
+    torch.testing.assert_close(importance.probability, wanted)  # until there are observations
+    everywhere = torch.arange(BINS).repeat(5000)
+    importance.observe(everywhere, (5 - torch.linspace(1, 4, BINS)).square().repeat(5000))
+    importance.refresh()
+    rising, falling = importance.probability[: BINS // 2], importance.probability[BINS // 2 :]
+    torch.testing.assert_close(rising, falling.flip(0), rtol=0.02, atol=0)  # u (5 − u) is symmetric about its top at 2.5
+    assert float(rising[-1]) > 1.3 * float(rising[0])
+    broken = Importance(torch.device("cpu"))
+    broken.learn_gain(torch.zeros(2, BINS))
+    assert broken.gain.tolist() == [1.0] * BINS
+
+
+def test_gains_are_those_of_single_comparisons_at_single_times(prepared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the gradient in the weights over that in the predictions, here by a backward pass at given times."""
+    ready = prepared(LEARNING, "train.batch_size=1")
+    importance, parameters = ready.step.importance, list(trained(ready.policy).values())
+    assert importance is not None
+    few = list(islice(ready.batches(0), 3))
+    ready.step.gains(few, parameters, Keyed(0))
+    assert not importance.seen.any()
+    assert float(importance.gain.std()) > 0.02
+    plain, straight, found = replace(ready.step, importance=None), TIMESTEPS["stratified"].bend, []
+    for part in (0, 9, 15):
+        sizes = torch.zeros(2)
+        for batch in few:
+            u = TIMESTEPS["stratified"].spread(Keyed(0), batch)
+            with monkeypatch.context() as patch:
+                patch.setitem(TIMESTEPS, "stratified", Sampler(lambda rng, batch, t=(part + u) / BINS: t, straight))
+                terms = plain.terms(batch, Keyed(0))
+            loss = ready.step.objective(terms, **ready.step.knobs)
+            sizes[1] += squared_gradient(loss, terms).sum()
+            loss.sum().backward()
+            sizes[0] += sum(parameter.grad.square().sum() for parameter in parameters if parameter.grad is not None)
+            ready.optimizer.zero_grad()
+        found.append(float((sizes[0] / sizes[1]).sqrt()))
+    gain = importance.gain
+    assert float(gain[9] / gain[0]) == pytest.approx(found[1] / found[0], rel=1e-3)
+    assert float(gain[15] / gain[0]) == pytest.approx(found[2] / found[0], rel=1e-3)
 
 
 def test_without_gradients_nothing_is_learned() -> None:
@@ -264,6 +312,7 @@ def test_what_was_learned_survives_a_stop_between_two_refreshes(
         runs.align(settings(tmp_path / "parts", *common, "train.log_every=4"), resume=True, progress=False)
     assert runs.align(settings(tmp_path / "parts", *common), resume=True, progress=False)["finished"]
     one, other = (load_file(states(tmp_path / name / "state")[-1] / "state.safetensors") for name in ("whole", "parts"))
-    assert one.keys() == other.keys() >= {"learned/timesteps/probability", "learned/timesteps/seen"}
+    assert one.keys() == other.keys() >= {"learned/timesteps/probability", "learned/timesteps/seen", "learned/timesteps/gain"}
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert float(one["learned/timesteps/gain"].std()) > 0.02
     assert float(one["learned/timesteps/probability"].std()) > 1e-4
