@@ -46,7 +46,14 @@ def fill_banks(
     stored = Stored(PRECISIONS[cfg.precision] if "drift" in step.objective.needs else None)
     shared = {
         "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
-        "compute": [cfg.precision, cfg.compile, device.type, torch.__version__, cfg.batch_size],
+        "compute": [
+            cfg.precision,
+            cfg.compile,
+            config.trainable.gradient_checkpointing,
+            device.type,
+            torch.__version__,
+            cfg.batch_size,
+        ],
     }
 
     def fill(
