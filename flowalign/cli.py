@@ -12,6 +12,7 @@ from typing import Any
 
 from flowalign import __version__
 from flowalign.errors import CheckpointError, ConfigError, FlowalignError
+from flowalign.plan.gpus import EFFICIENCY, GPUS
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -75,6 +76,13 @@ def _align(options: argparse.Namespace) -> dict[str, Any]:
     if output is not None:
         settings = settings.model_copy(update={"output": str(output)})
     return runs.align(settings, resume=options.resume)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+
+    settings = config.load(options.config, options.overrides)
+    return runs.plan(settings, efficiency=options.efficiency, prices=dict(options.price), comparisons=options.comparisons)
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -145,17 +153,26 @@ def _parser() -> argparse.ArgumentParser:
 
     align = command("align", _align, "Align a model on comparisons, as a YAML configuration says.")
     align.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
-    align.add_argument(
-        "--set",
+    _add_overrides(align)
+    align.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
+    align.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+
+    plan = command("plan", _plan, "Say what a configuration would train, hold, store and cost, without weights or pictures.")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    _add_overrides(plan)
+    plan.add_argument("--comparisons", type=_positive, metavar="N", help="rows of data.train, where it is not on this disk")
+    plan.add_argument(
+        "--efficiency", type=_scale, default=EFFICIENCY, help="share of the GPU's peak that is reached (%(default)s, assumed)"
+    )
+    plan.add_argument(
+        "--price",
+        type=_price,
         action="extend",
         nargs="+",
         default=[],
-        dest="overrides",
-        metavar="a.b=c",
-        help="override a setting, value in YAML",
+        metavar="GPU=USD",
+        help=f"price of an hour of {' or '.join(GPUS)}, instead of the assumed one",
     )
-    align.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
-    align.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
 
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
     generate.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder")
@@ -182,6 +199,18 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "Align the bundled tiny model on the bundled pictures and show what changed.")
     demo.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="the run folder (%(default)s)")
     return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        metavar="a.b=c",
+        help="override a setting, value in YAML",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser, out: Path) -> None:
@@ -218,6 +247,13 @@ def _positive(text: str) -> int:
     if (value := _natural(text)) == 0:
         raise argparse.ArgumentTypeError("0 is too few: give 1 or more")
     return value
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, equals, price = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GPU=USD, such as H100=2.5")
+    return name, _scale(price)
 
 
 def _scale(text: str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,9 @@ from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import LORA, open_checkpoint
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
 from flowalign.files import atomic, write_text
+from flowalign.plan.gpus import EFFICIENCY
+from flowalign.plan.page import page
+from flowalign.plan.predict import predict
 from flowalign.report.card import write_card
 from flowalign.report.page import write_report
 from flowalign.rng import Keyed
@@ -291,6 +294,14 @@ def _judges_of(aligned: str) -> Path:
     if folder is None:
         raise ConfigError(f"no judges are given and {aligned} names none; add --judges FOLDER, such as samples/emoji/judges.")
     return Path(folder)
+
+
+def plan(
+    config: Config, *, efficiency: float = EFFICIENCY, prices: Mapping[str, float] | None = None, comparisons: int | None = None
+) -> dict[str, Any]:
+    """What `align` would train, hold, store and cost: a dry run without weights and pictures, see `plan.predict`."""
+    found = predict(config, efficiency, prices or {}, comparisons)
+    return found | {"summary": page(found)}
 
 
 def report(run: Path) -> dict[str, Any]:

@@ -129,13 +129,14 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
 
 
 def load_family(config: Config, device: torch.device) -> Family:
-    """The checkpoint's family on `device`: in the compute precision under LoRA, in float32 where all weights learn."""
-    model = config.model
-    name = model.family
+    """The checkpoint's family on `device`, an outline on meta: in float32 where all weights learn, else as it computes."""
+    model, name, outline = config.model, config.model.family, device.type == "meta"
     if name == "auto":
-        name = detect_family(model.checkpoint, revision=model.revision, variant=model.variant)
+        name = detect_family(model.checkpoint, revision=model.revision, variant=model.variant, weights=not outline)
     dtype = PRECISIONS[config.train.precision] if config.trainable.kind == "lora" else torch.float32
-    family = plugins.load("families", name).load(model.checkpoint, dtype=dtype, revision=model.revision, variant=model.variant)
+    kind = plugins.load("families", name)
+    make = kind.outline if outline else kind.load
+    family: Family = make(model.checkpoint, dtype=dtype, revision=model.revision, variant=model.variant)
     family.denoiser.to(device)
     if model.quantize is not None:
         quantize(family.denoiser, model.quantize, trainable=config.trainable.kind)

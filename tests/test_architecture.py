@@ -20,6 +20,7 @@ LIGHT = (
     "flowalign.yaml_text",
     "flowalign.config",
     "flowalign.plugins",
+    "flowalign.plan.gpus",
     "flowalign.cli",
 )
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip", "timm"}
@@ -33,6 +34,7 @@ LAYERS = (
     ("train",),
     ("evaluate", "report", "serve"),
     ("setup",),
+    ("plan",),
     ("runs",),
     ("demo",),
     ("cli",),

@@ -61,6 +61,16 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
+    def outline(
+        cls, checkpoint: str | Path, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+    ) -> Family:
+        """The same from its settings alone, on the meta device: all shapes, no weights. Raises CheckpointError.
+
+        It can be run, on tensors of that device, to count what the real one would do. Prompts go in by `outline_prompts`.
+        """
+
+    @classmethod
+    @abstractmethod
     def canvas(cls, pipeline: Any) -> Canvas:
         """What a pipeline of one of `pipeline_classes` draws on."""
 
@@ -81,6 +91,14 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> conditioning `[B, ...]`. The empty prompt is what guidance uses as its negative."""
+
+    @abstractmethod
+    def outline_encoders(self) -> dict[str, nn.Module]:
+        """Of an outline: its picture and text encoders, by name, in the dtype they run in."""
+
+    @abstractmethod
+    def outline_prompts(self, count: int) -> Conditioning:
+        """Of an outline: conditioning `[count, ...]` of prompts as long as they can be, its encoders run once on each."""
 
     @abstractmethod
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

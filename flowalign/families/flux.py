@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 from flowalign.families.latent import FlowFamily
+from flowalign.families.outline import clip_states, tokens
 
 GUIDANCE = 3.5
 """The guidance that a guidance-distilled transformer is told in training: the one it is commonly asked for pictures with."""
+T5_LENGTH = 512
+"""Tokens that the pipeline has T5 read."""
 
 
 class Flux(FlowFamily):
@@ -49,6 +52,10 @@ class Flux(FlowFamily):
         """T5's `prompt_embeds` `[B, L, D]` and CLIP's `pooled` `[B, P]`."""
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device, 1)
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        embeds = texts["text_encoder_2"](tokens(count, T5_LENGTH))[0]
+        return {"prompt_embeds": embeds, "pooled": clip_states(texts["text_encoder"], count)[1]}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity `[B, C, h, w]`, in the transformer's dtype."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +18,10 @@ from flowalign.errors import CheckpointError
 from flowalign.families.base import Canvas, Family, Posterior
 from flowalign.families.loading import INDEX, Located, digest, load_parts, locate
 from flowalign.families.noise import FlowNoise, Noise
+from flowalign.families.outline import outline_parts
+
+Parts = Callable[[Located, type, Sequence[str], torch.dtype], dict[str, Any]]
+"""Gives the named parts of a pipeline: with their weights, or as an outline."""
 
 
 def padded(rows: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
@@ -43,18 +47,18 @@ class LatentFamily(Family):
     """The denoiser reads latents in squares of this side."""
     noise: Noise
 
-    def __init__(self, located: Located, dtype: torch.dtype) -> None:
-        self.located, self.dtype = located, dtype
+    def __init__(self, located: Located, dtype: torch.dtype, parts: Parts = load_parts) -> None:
+        self.located, self.dtype, self._parts = located, dtype, parts
         index = located.settings(INDEX)
         self._texts = tuple(name for name in self.text_parts if (index.get(name) or [None])[0])
         self._kind: Any = getattr(diffusers, located.pipeline_class)
         self._values = {
             name: value for name, value in index.items() if not isinstance(value, list) and not name.startswith("_")
         }
-        parts = self._load(dtype, self.component, "scheduler")
-        self.denoiser = parts[self.component].requires_grad_(False).eval()
-        self.noise = self.read_noise(parts["scheduler"])
-        self._schedule = dict(parts["scheduler"].config)
+        loaded = self._load(dtype, self.component, "scheduler")
+        self.denoiser = loaded[self.component].requires_grad_(False).eval()
+        self.noise = self.read_noise(loaded["scheduler"])
+        self._schedule = dict(loaded["scheduler"].config)
         vae = located.settings("vae/config.json")
         if vae.get("_class_name") != self.vae_class:
             raise CheckpointError(
@@ -75,11 +79,20 @@ class LatentFamily(Family):
         A single file is described by the folder of the same name or the folder around it, if there is a
         `model_index.json`, else by the hub's settings for its kind, which for every 2.x file are those of 2.1 (v).
         """
-        located = locate(checkpoint, revision=revision, variant=variant)
+        return cls(cls._own(locate(checkpoint, revision=revision, variant=variant)), dtype)
+
+    @classmethod
+    def outline(
+        cls, checkpoint: str | Path, *, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
+    ) -> Self:
+        return cls(cls._own(locate(checkpoint, revision=revision, variant=variant, weights=False)), dtype, outline_parts)
+
+    @classmethod
+    def _own(cls, located: Located) -> Located:
         if located.pipeline_class not in cls.pipeline_classes:
             wanted = ", ".join(cls.pipeline_classes)
-            raise CheckpointError(f"{checkpoint} is a {located.pipeline_class}, but the family {cls.name!r} takes {wanted}.")
-        return cls(located, dtype)
+            raise CheckpointError(f"{located.name} is a {located.pipeline_class}, but the family {cls.name!r} takes {wanted}.")
+        return located
 
     @abstractmethod
     def read_noise(self, scheduler: Any) -> Noise:
@@ -88,6 +101,10 @@ class LatentFamily(Family):
     @abstractmethod
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """Prompts -> conditioning `[B, ...]` by the pipeline's own encoding."""
+
+    @abstractmethod
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        """What `embed` gives for `count` prompts of full length, from outlines of the text encoders, None where one lacks."""
 
     @staticmethod
     def factor(vae: dict[str, Any]) -> int:
@@ -129,6 +146,13 @@ class LatentFamily(Family):
         finally:
             diffusers_logging.set_verbosity(level)
 
+    def outline_encoders(self) -> dict[str, nn.Module]:
+        return {"vae": self._vae(), **self._load(self.dtype, *(n for n in self._texts if not n.startswith("tokenizer")))}
+
+    @torch.no_grad()
+    def outline_prompts(self, count: int) -> Conditioning:
+        return Conditioning(self.embed_outline(dict.fromkeys(self.text_parts) | self.outline_encoders(), count))
+
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.noise.noisy(x0, noise, t)
 
@@ -163,7 +187,7 @@ class LatentFamily(Family):
 
     def cast(self, denoiser: nn.Module, x_t: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         """To the denoiser's weights' dtype, unless autocast is on."""
-        if torch.is_autocast_enabled(x_t.device.type):
+        if not x_t.is_meta and torch.is_autocast_enabled(x_t.device.type):
             return x_t, *others
         dtype = compute_dtype(denoiser)
         return tuple(tensor.to(dtype) for tensor in (x_t, *others))
@@ -172,7 +196,7 @@ class LatentFamily(Family):
         return next(self.denoiser.parameters()).device
 
     def _load(self, dtype: torch.dtype, *parts: str) -> dict[str, Any]:
-        return load_parts(self.located, self._kind, parts, dtype)
+        return self._parts(self.located, self._kind, parts, dtype)
 
     def _assemble(self, denoiser: nn.Module, parts: dict[str, Any]) -> Any:
         """The pipeline of these parts, None for all others, with the plain values of the checkpoint's index."""

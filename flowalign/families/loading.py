@@ -63,8 +63,11 @@ def reason(error: BaseException) -> str:
     return re.split(r"\.(?:\s|$)", lines[0])[0][:300]
 
 
-def locate(checkpoint: str | Path, *, revision: str | None = None, variant: str | None = None) -> Located:
-    """Find a checkpoint, downloading it if it is a hub id that is not in the cache. Raises CheckpointError."""
+def locate(checkpoint: str | Path, *, revision: str | None = None, variant: str | None = None, weights: bool = True) -> Located:
+    """Find a checkpoint, downloading it if it is a hub id that is not in the cache; without `weights` its settings only.
+
+    Raises CheckpointError.
+    """
     name, path = str(checkpoint), Path(checkpoint).expanduser()
     if path.is_dir():
         for folder in (path, path / "weights"):
@@ -82,10 +85,14 @@ def locate(checkpoint: str | Path, *, revision: str | None = None, variant: str 
             f"{name} does not exist; give a diffusers folder, a .safetensors file or a hub id such as owner/name."
         )
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     skipped = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))  # never used: not downloaded
     try:
-        folder = DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **skipped)
+        if weights:
+            folder = DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **skipped)
+        else:
+            folder = snapshot_download(name, revision=revision, allow_patterns=[INDEX, "*/*config.json"])
     except FAILURES as error:
         raise CheckpointError(
             f"{name} is no file or folder here and could not be fetched as a hub id ({reason(error)}); "
@@ -189,9 +196,12 @@ def _settings(config: Any) -> bytes:
     return json.dumps(values, sort_keys=True, default=str).encode()
 
 
-def detect_family(checkpoint: str | Path, *, revision: str | None = None, variant: str | None = None) -> str:
+def detect_family(
+    checkpoint: str | Path, *, revision: str | None = None, variant: str | None = None, weights: bool = True
+) -> str:
     """Name of the family whose `pipeline_classes` include the checkpoint's. Raises CheckpointError."""
-    return family_of(locate(checkpoint, revision=revision, variant=variant).pipeline_class, str(checkpoint))
+    found = locate(checkpoint, revision=revision, variant=variant, weights=weights)
+    return family_of(found.pipeline_class, str(checkpoint))
 
 
 def family_of(pipeline_class: str, checkpoint: str = "the pipeline") -> str:

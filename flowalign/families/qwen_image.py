@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from flowalign.data.batch import Conditioning
 from flowalign.families.base import Posterior
 from flowalign.families.latent import FlowFamily, padded
+from flowalign.families.outline import META, tokens
 
 LENGTH = 256
 """Tokens kept of a prompt. The pipeline takes 1024; few prompts of preference data come near, and all are stored this long."""
+TEMPLATE = 34
+"""Tokens that the pipeline's template puts before a prompt, dropped once they are encoded."""
 
 
 class QwenImage(FlowFamily):
@@ -60,6 +63,11 @@ class QwenImage(FlowFamily):
         rows = [pipeline.encode_prompt(prompt, device, max_sequence_length=LENGTH)[0][0] for prompt in prompts]
         states, real = padded(rows, LENGTH)
         return {"prompt_embeds": states, "mask": real}
+
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        out = texts["text_encoder"](input_ids=tokens(count, TEMPLATE + LENGTH), output_hidden_states=True)
+        real = torch.ones(count, LENGTH, dtype=torch.bool, device=META)
+        return {"prompt_embeds": out.hidden_states[-1][:, TEMPLATE:], "mask": real}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity `[B, C, h, w]`, in the transformer's dtype."""

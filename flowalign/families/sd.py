@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 from flowalign.errors import CheckpointError
-from flowalign.families.latent import LatentFamily
-from flowalign.families.loading import Located
+from flowalign.families.latent import LatentFamily, Parts
+from flowalign.families.loading import Located, load_parts
 from flowalign.families.noise import DiscreteNoise
+from flowalign.families.outline import clip_states
 
 
 class StableDiffusion(LatentFamily):
@@ -23,8 +24,8 @@ class StableDiffusion(LatentFamily):
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     text_parts = ("text_encoder", "tokenizer")
 
-    def __init__(self, located: Located, dtype: torch.dtype) -> None:
-        super().__init__(located, dtype)
+    def __init__(self, located: Located, dtype: torch.dtype, parts: Parts = load_parts) -> None:
+        super().__init__(located, dtype, parts)
         config = self.denoiser.config
         if config.in_channels != config.out_channels or config.time_cond_proj_dim is not None:
             raise CheckpointError(
@@ -39,6 +40,9 @@ class StableDiffusion(LatentFamily):
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """`prompt_embeds` `[B, L, D]`"""
         return {"prompt_embeds": pipeline.encode_prompt(prompts, device, 1, False)[0]}
+
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        return {"prompt_embeds": clip_states(texts["text_encoder"], count)[0]}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output `[B, C, h, w]`, in its own dtype; inputs are cast to its weights' dtype unless autocast is on."""

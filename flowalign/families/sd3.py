@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 from flowalign.families.latent import FlowFamily
+from flowalign.families.outline import META, clip_states, tokens
+
+T5_LENGTH = 256
+"""Tokens that the pipeline has T5 read."""
 
 
 class StableDiffusion3(FlowFamily):
@@ -33,6 +37,15 @@ class StableDiffusion3(FlowFamily):
         """`prompt_embeds` `[B, L, D]`, CLIP states before T5's, and `pooled` `[B, P]`."""
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device, 1, False)
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        clips, pooled = zip(*(clip_states(texts[name], count) for name in ("text_encoder", "text_encoder_2")), strict=True)
+        width, t5 = self.denoiser.config.joint_attention_dim, texts["text_encoder_3"]
+        last = torch.empty(count, T5_LENGTH, width, device=META, dtype=self.dtype)
+        last = last if t5 is None else t5(tokens(count, T5_LENGTH))[0]
+        first = torch.cat(clips, dim=-1)
+        padded = torch.nn.functional.pad(first, (0, width - first.shape[-1]))
+        return {"prompt_embeds": torch.cat([padded, last], dim=1), "pooled": torch.cat(pooled, dim=-1)}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity `[B, C, h, w]`, in the transformer's dtype."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.data.batch import GEOMETRY, Conditioning
+from flowalign.families.outline import clip_states
 from flowalign.families.sd import StableDiffusion
 
 
@@ -26,6 +27,10 @@ class StableDiffusionXL(StableDiffusion):
             embeds = embeds.masked_fill(empty[:, None, None], 0)
             pooled = pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        (first, _), (second, pooled) = (clip_states(texts[name], count) for name in ("text_encoder", "text_encoder_2"))
+        return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled": pooled}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The U-Net's output `[B, C, h, w]`. Sizes and crops stay float32: bfloat16 has no 1023."""

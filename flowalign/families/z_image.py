@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 from flowalign.families.latent import FlowFamily, padded
+from flowalign.families.outline import META, tokens
 
 LENGTH = 256
 """Tokens kept of a prompt. The pipeline takes 512; few prompts of preference data come near, and all are stored this long."""
@@ -33,6 +34,10 @@ class ZImage(FlowFamily):
         states, real = padded(rows, LENGTH)
         return {"prompt_embeds": states, "length": real.sum(1)}
 
+    def embed_outline(self, texts: dict[str, Any], count: int) -> dict[str, Tensor]:
+        out = texts["text_encoder"](input_ids=tokens(count, LENGTH), output_hidden_states=True)
+        return {"prompt_embeds": out.hidden_states[-2], "length": torch.full((count,), LENGTH, device=META)}
+
     def predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity `[B, C, h, w]`, in the transformer's dtype.
 
@@ -40,7 +45,8 @@ class ZImage(FlowFamily):
         """
         known = conditioning.tensors
         x_t, embeds = self.cast(denoiser, x_t, known["prompt_embeds"])
-        texts = [row[:length] for row, length in zip(embeds, known["length"].tolist(), strict=True)]
+        lengths = [LENGTH] * len(embeds) if x_t.is_meta else known["length"].tolist()
+        texts = [row[:length] for row, length in zip(embeds, lengths, strict=True)]
         pictures = list(x_t[:, :, None].unbind())
         towards = denoiser(pictures, 1 - t.to(x_t.device, torch.float32), texts, return_dict=False)[0]
         return -torch.stack(towards)[:, :, 0]

@@ -1,0 +1,123 @@
+"""How many comparisons a configuration has, counted without opening a picture, and what their caches take on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowalign.config import Config
+from flowalign.data.audit import audit
+from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt
+from flowalign.errors import DataError
+from flowalign.plan.model import Outline
+
+EXACTLY = 20_000
+"""Sources of so many rows are read through; of larger ones only the rows are counted."""
+ROWS_TRIED = 64
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What there is to train and to validate on; None where it is not known."""
+
+    train: int | None
+    held_out: int | None
+    pictures: int | None
+    """Distinct ones, or at most so many."""
+    prompts: int | None
+    """Distinct ones, or at most so many."""
+    exact: bool
+    """False: every picture and prompt is taken to be another, ties and bad rows to be used."""
+    per_comparison: int = 2
+    num_chosen: int = 1
+    note: str = ""
+    """Why something is not known, or how it was estimated."""
+
+    def disk(self, outline: Outline, config: Config) -> dict[str, int | None]:
+        """Bytes of the caches, without the few hundred of each entry's header and what the file system rounds up to."""
+        bank = config.reference.bank
+        picture = 2 * 4 * torch.Size(outline.latents).numel() + 6 * 4  # mean and log-variance, and where it was cut
+        prompt = sum(tensor.nbytes for tensor in outline.family.outline_prompts(1).tensors.values())
+        variants = 2 if config.data.flip else 1
+        errors = None
+        if self.train is not None and self.held_out is not None:
+            draws = self.train * (bank or 0) + (self.held_out * config.train.validation_draws if bank else 0)
+            errors = 4 * self.per_comparison * draws
+        return {
+            "per_picture": picture * variants,
+            "per_prompt": prompt,
+            "latents": None if self.pictures is None else self.pictures * variants * picture,
+            "prompts": None if self.prompts is None else (self.prompts + 1) * prompt,  # and the empty one
+            "bank": errors,
+        }
+
+
+def count(config: Config, comparisons: int | None = None) -> Counted:
+    """Count the configuration's sources, or take `comparisons` for the number of rows of `data.train`.
+
+    A source that is not on this disk, or that cannot be opened, is not counted; the note says why.
+    """
+    data, known = config.data, comparisons
+    per_comparison, num_chosen, note = 2, 1, ""
+    source: Comparisons | None = None
+    try:
+        source = _open(config, data.train, data.limit)
+        per_comparison, num_chosen = _kind(source)
+    except DataError as error:
+        note = str(error)
+    if known is not None:
+        known, source, note = min(known, data.limit or known), None, "the number of comparisons is the one given"
+    elif source is not None:
+        known = len(source)
+    if known is None:
+        return Counted(None, None, None, None, False, note=f"{note}; give their number with --comparisons")
+    validation = None
+    if data.validation is not None:
+        try:
+            validation = _open(config, data.validation, None)
+        except DataError as error:
+            return Counted(
+                known, None, None, None, False, per_comparison, num_chosen, "; ".join(filter(None, [note, str(error)]))
+            )
+    total = known + (len(validation) if validation is not None else 0)
+    if source is not None and total <= EXACTLY:
+        return _through(config, source, validation, per_comparison, num_chosen)
+    held = len(validation) if validation is not None else round(data.held_out * known)
+    train = known if validation is not None else known - held
+    said = f"only rows are counted, as there are more than {EXACTLY:,}" if source is not None else note
+    return Counted(train, held, total * per_comparison, total, False, per_comparison, num_chosen, said)
+
+
+def _through(config: Config, source: Comparisons, validation: Comparisons | None, pictures: int, chosen: int) -> Counted:
+    """Every row read, no picture opened."""
+    found = [audit(source)] if validation is None else [audit(source), audit(validation)]
+    used = [each["comparisons"] - (each["ties"] if config.data.tie_policy == "drop" else 0) for each in found]
+    if validation is None:
+        share = len(split_by_prompt(source, config.data.held_out, config.train.seed)[1]) / len(source)
+        held = round(share * used[0])
+        train = used[0] - held
+    else:
+        train, held = used
+    distinct = (sum(each[name] for each in found) for name in ("pictures", "prompts"))
+    return Counted(train, held, *distinct, True, pictures, chosen)
+
+
+def _open(config: Config, source: str, limit: int | None) -> Comparisons:
+    """Raises DataError for what is not on this disk, without fetching it."""
+    data = config.data
+    if not Path(source).exists() and (data.format in ("auto", "datasets") or "://" in source):
+        raise DataError(f"{source!r} is not on this disk, and plan fetches nothing")
+    return open_comparisons(source, format=data.format, columns=data.columns, split=data.split, limit=limit)
+
+
+def _kind(source: Comparisons) -> tuple[int, int]:
+    """N pictures of which k chosen, of the first row that can be read."""
+    for place in range(min(ROWS_TRIED, len(source))):
+        try:
+            comparison = source[place]
+        except DataError:
+            continue
+        return len(comparison.images), comparison.num_chosen
+    raise DataError(f"none of the first {min(ROWS_TRIED, len(source))} rows can be read; flowalign align names what is wrong")

@@ -1,0 +1,123 @@
+"""Bytes on the device while a run trains, by part: weights and states counted, activations estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from flowalign.config import Config
+from flowalign.families.sampling import PRECISIONS
+from flowalign.plan.model import Outline
+from flowalign.rng import Keyed
+from flowalign.train.trainable import trained
+
+STATE_8BIT, SMALLEST_8BIT = 2 * (1 + 4 / 256), 4096
+"""bitsandbytes: both moments take a byte per weight and a float per block of 256; tensors below 4096 weights stay 32-bit."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the plan."""
+
+    name: str
+    bytes: int
+    how: str
+    """Where the number comes from."""
+
+
+def memory(outline: Outline, config: Config) -> list[Part]:
+    """The parts that are on the device together while the run trains. Call it last: it casts the outline's weights."""
+    learns = list(trained(outline.policy).values())
+    ids = {id(parameter) for parameter in learns}
+    rest = [t for t in (*outline.policy.parameters(), *outline.policy.buffers()) if id(t) not in ids]
+    reference = outline.step.reference
+    precision, count = config.train.precision, sum(parameter.numel() for parameter in learns)
+    compute = PRECISIONS[precision]
+    if outline.second and reference is not None:
+        second = Part("reference", size((*reference.parameters(), *reference.buffers())), "a frozen copy")
+    else:
+        why = "none: its errors come from the bank" if config.reference.bank else "shared: the policy with its adapters off"
+        second = Part("reference", 0, why)
+    return [
+        Part("frozen weights", size(rest), dtypes(rest)),
+        Part("trained weights", size(learns), dtypes(learns)),
+        second,
+        Part("gradients", 4 * count, "float32"),
+        Part("optimizer", _state(learns, config.train.optimizer), f"two moments of {config.train.optimizer}"),
+        Part("moving average", 4 * count if config.train.ema else 0, "float32" if config.train.ema else "train.ema is null"),
+        Part("autocast copies", 0 if compute == torch.float32 else compute.itemsize * count, f"trained weights in {precision}"),
+        Part(
+            "activations",
+            activations(outline, config.train.batch_size, compute),
+            f"estimate: what autograd keeps of {config.train.batch_size} comparisons in {precision}, attention fused",
+        ),
+    ]
+
+
+def activations(outline: Outline, comparisons: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one micro-batch, for a policy cast to `dtype`, counted in its forward on meta.
+
+    Left out: workspaces, tensors that live only for a moment, the block that gradient checkpointing runs again, and that
+    autocast leaves some operations in float32.
+    """
+    nn.Module.to(outline.policy, dtype)
+    kept: dict[int, torch.UntypedStorage] = {}
+    weights = {t.untyped_storage()._cdata for t in (*outline.policy.parameters(), *outline.policy.buffers())}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, or its address could be another's later
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        loss, _ = outline.banked(outline.batch(comparisons), Keyed(0))
+    return sum(storage.nbytes() for storage in kept.values()) if loss.requires_grad else 0
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as GPUs run it: of the scores only their row sums are kept. On meta torch would keep all of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query, key, value = (given[name] for name in names[:3])
+        mask = given.get("attn_mask")
+        if mask is not None:
+            mask = torch.empty(*query.shape[:-1], key.shape[-2], dtype=query.dtype, device=query.device)
+        fused = torch.ops.aten._scaled_dot_product_efficient_attention
+        return fused(query, key, value, mask, torch.is_grad_enabled(), 0.0, given.get("is_causal", False))[0]
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of these tensors."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def dtypes(tensors: Iterable[Tensor]) -> str:
+    """Their dtypes in words."""
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "none"
+
+
+def encoders(outline: Outline) -> dict[str, dict[str, int]]:
+    """Parameters and bytes of each encoder, which is on the device beside the denoiser while the caches are filled."""
+    modules: dict[str, nn.Module] = outline.family.outline_encoders()
+    return {
+        name: {"parameters": sum(p.numel() for p in module.parameters()), "bytes": size(module.parameters())}
+        for name, module in modules.items()
+    }
+
+
+def _state(parameters: list[nn.Parameter], optimizer: str) -> int:
+    if optimizer == "adamw":
+        return sum(8 * parameter.numel() for parameter in parameters)
+    return round(sum(p.numel() * (8 if p.numel() < SMALLEST_8BIT else STATE_8BIT) for p in parameters))

@@ -1,0 +1,103 @@
+"""The outline of a run: family, policy, reference and step on the meta device, made by the code that makes the real ones."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.align.bank import ReferenceBank
+from flowalign.align.reference import with_reference
+from flowalign.align.step import PreferenceStep
+from flowalign.config import Config
+from flowalign.data.batch import Batch
+from flowalign.families.base import Family
+from flowalign.setup import load_family, load_objective
+from flowalign.train.trainable import make_trainable
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a configuration trains, all shapes and no values."""
+
+    family: Family
+    policy: nn.Module
+    step: PreferenceStep
+    """With a reference, where there is a bank too: only the trainer is without."""
+    banked: PreferenceStep
+    """The same with a bank of its errors."""
+    second: bool
+    """The reference has weights of its own while the run trains."""
+    resolution: int
+    latents: tuple[int, ...]
+    """`(C, h, w)` of a picture"""
+    pictures: int
+    """of a comparison, N"""
+
+    def batch(self, count: int) -> Batch:
+        """`count` comparisons of prompts as long as they can be."""
+        zeros = torch.zeros(count, self.pictures, *self.latents, device=META)
+        return Batch(
+            mean=zeros,
+            std=zeros,
+            geometry=torch.zeros(count, self.pictures, 6, device=META),
+            conditioning=self.family.outline_prompts(count),
+            preference=torch.ones(count, device=META),
+            weight=torch.ones(count, device=META),
+            ids=tuple(range(count)),
+            draws=(0,) * count,
+            positions=(0,) * count,
+        )
+
+    def pixels(self) -> Tensor:
+        """The pictures of one comparison, `[N, 3, H, W]`."""
+        return torch.zeros(self.pictures, 3, self.resolution, self.resolution, device=META)
+
+
+def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
+    """Build what `setup.prepare` would, without weights or data. Raises CheckpointError and ConfigError."""
+    objective, knobs = load_objective(config)
+    family = load_family(config, META)
+    lora, drawn = config.trainable.kind == "lora", config.reference.bank
+    frozen = family.denoiser
+    policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=drawn is not None)
+    learns = policy
+    if policy is frozen:  # all weights learn against a bank: count the reference that filled it on a module of its own
+        learns, _ = with_reference(frozen, "copy", lora=False)
+    make_trainable(
+        learns,
+        config.trainable.kind,
+        rank=config.trainable.rank,
+        alpha=config.trainable.alpha,
+        targets=config.trainable.targets or family.lora_targets,
+        seed=config.train.seed,
+        gradient_checkpointing=config.trainable.gradient_checkpointing,
+    )
+    learns.train()
+    resolution = config.data.resolution or family.resolution
+    step = PreferenceStep(
+        family=family,
+        policy=learns,
+        reference=frozen,
+        objective=objective,
+        knobs=knobs,
+        timesteps=family.timesteps if config.train.timesteps == "auto" else config.train.timesteps,
+        device=META,
+        autocast=nullcontext,
+        num_chosen=num_chosen,
+    )
+    latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
+    return Outline(
+        family=family,
+        policy=learns,
+        step=step,
+        banked=replace(step, reference=None, bank=ReferenceBank(torch.zeros(1, pictures))),
+        second=reference is not None and (not lora or config.reference.kind == "copy"),
+        resolution=resolution,
+        latents=tuple(latents),
+        pictures=pictures,
+    )

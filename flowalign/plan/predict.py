@@ -1,0 +1,77 @@
+"""The whole plan of a configuration as plain values: what `flowalign plan --json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from flowalign.config import Config
+from flowalign.plan.dangers import Facts, dangers
+from flowalign.plan.data import count as count_data
+from flowalign.plan.flops import count as count_flops
+from flowalign.plan.memory import encoders, memory, size
+from flowalign.plan.model import outline
+from flowalign.plan.work import on_gpus, work
+from flowalign.train.trainable import trained
+
+
+def predict(config: Config, efficiency: float, prices: Mapping[str, float], comparisons: int | None) -> dict[str, Any]:
+    """Plan a run on one GPU without weights and pictures. Bytes and FLOP are whole numbers; None is not known.
+
+    Raises ConfigError and CheckpointError.
+    """
+    counted = count_data(config, comparisons)
+    outlined = outline(config, counted.per_comparison, counted.num_chosen)
+    denoiser = list(outlined.family.denoiser.parameters())
+    learns = sum(parameter.numel() for parameter in trained(outlined.policy).values())
+    coders = encoders(outlined)
+    caching = size(denoiser) + sum(found["bytes"] for found in coders.values())
+    flops = count_flops(outlined)
+    disk = counted.disk(outlined, config)
+    parts = memory(outlined, config)  # the last to touch the outline, whose weights it casts
+    total = sum(part.bytes for part in parts)
+    stages = work(config, flops, counted)
+    facts = Facts(
+        config,
+        outlined.step.knobs,
+        outlined.step.objective.needs,
+        counted,
+        torch.Size(outlined.latents).numel(),
+    )
+    bank = config.reference.bank
+    forwards = None if counted.train is None or not facts.needs else {"live": stages.pairs, "per_draw": counted.train}
+    return {
+        "model": {
+            "checkpoint": config.model.checkpoint,
+            "family": outlined.family.name,
+            "resolution": outlined.resolution,
+            "latents": list(outlined.latents),
+        },
+        "parameters": {
+            "kind": config.trainable.kind,
+            "trained": learns,
+            "denoiser": sum(parameter.numel() for parameter in denoiser),
+            "encoders": {name: found["parameters"] for name, found in coders.items()},
+        },
+        "memory": {"parts": [asdict(part) for part in parts], "total": total, "while_caching": caching},
+        "data": asdict(counted),
+        "disk": disk,
+        "flops_per_comparison": asdict(flops)
+        | {"re_encoded": flops.re_encoded, "cached": flops.cached, "with_bank": flops.bank, "configured": stages.per_pair},
+        "run": {
+            "steps": config.train.steps,
+            "comparisons_per_step": facts.pairs_per_step,
+            "comparisons": stages.pairs,
+            "epochs": facts.epochs,
+            "bank": bank,
+            "reference_forwards": forwards,
+            "flops": {name: getattr(stages, name) for name in ("caching", "bank", "training", "validation", "total")},
+        },
+        "gpus": on_gpus(config, stages, max(total, caching), efficiency, prices),
+        "efficiency": efficiency,
+        "precision": config.train.precision,
+        "warnings": dangers(facts),
+    }
