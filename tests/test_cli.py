@@ -16,7 +16,7 @@ from flowalign import cli
 from flowalign.config import Config
 from flowalign.errors import DataError, RunError
 
-VERBS = ("align", "generate", "evaluate", "report", "cache_list", "cache_clear")
+VERBS = ("align", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
 RESULT = {"summary": "all is well", "value": 0.5, "name": "é"}
 
 
@@ -74,6 +74,16 @@ def test_align_takes_another_output_folder_and_resumes_there(runs: Runs, yaml: P
     assert cli.main(["align", str(yaml), "--output", "elsewhere", "--resume"]) == 0
     _, (config,), kwargs = only(runs)
     assert (config.output, kwargs) == ("elsewhere", {"resume": True})
+
+
+def test_plan_passes_the_configuration_and_its_assumptions(runs: Runs, yaml: Path) -> None:
+    assert cli.main(["plan", str(yaml), "--set", "train.batch_size=3"]) == 0
+    words = "--comparisons 9 --efficiency 0.5 --price H100=2.5 4090=1 --price A100=3"
+    assert cli.main(["plan", str(yaml), *words.split()]) == 0
+    (first, (config,), plain), (_, _, told) = runs.calls
+    assert (first, config.train.batch_size) == ("plan", 3)
+    assert plain == {"efficiency": 0.3, "prices": {}, "comparisons": None}
+    assert told == {"efficiency": 0.5, "prices": {"H100": 2.5, "4090": 1.0, "A100": 3.0}, "comparisons": 9}
 
 
 def test_a_run_folder_is_continued_where_it_lies_now(runs: Runs, yaml: Path) -> None:
@@ -242,6 +252,9 @@ def test_debug_shows_the_traceback_of_the_unexpected_only(runs: Runs) -> None:
         "generate m --prompts a --limit 0",
         "generate m --prompts a --batch 3",
         "evaluate a --prompts x",
+        "plan c.yaml --comparisons 0",
+        "plan c.yaml --price 2",
+        "plan c.yaml --price H100=dear",
         "cache drop",
     ],
 )
@@ -253,7 +266,7 @@ def test_arguments_that_cannot_be_parsed_exit_with_2(runs: Runs, capsys: pytest.
     assert runs.calls == []
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["align", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["align", "--help"], ["plan", "--help"], ["evaluate", "--help"]])
 def test_help_loads_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys\nfrom flowalign.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 0\n"

@@ -36,7 +36,10 @@ class Counted:
     """Why something is not known, or how it was estimated."""
 
     def disk(self, outline: Outline, config: Config) -> dict[str, int | None]:
-        """Bytes of the caches, without the few hundred of each entry's header and what the file system rounds up to."""
+        """Bytes of the caches, without each entry's header (some 300) and what the file system rounds up to.
+
+        With `data.flip` held-out pictures are counted mirrored too, although they are not.
+        """
         bank = config.reference.bank
         picture = 2 * 4 * torch.Size(outline.latents).numel() + 6 * 4  # mean and log-variance, and where it was cut
         prompt = sum(tensor.nbytes for tensor in outline.family.outline_prompts(1).tensors.values())

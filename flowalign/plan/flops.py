@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,16 +58,11 @@ def counted(work: Callable[[], object]) -> int:
 def count(outline: Outline) -> Flops:
     """Run each part of a step of one comparison and count."""
     batch, rng = outline.batch(1), Keyed(0)
-
-    def train() -> None:
-        loss, _ = outline.banked(batch, rng)
-        loss.mean().backward()
-
-    forward = counted(lambda: outline.banked(batch, rng))
+    losses: list[Tensor] = []
     needed = bool(outline.step.objective.needs)
     return Flops(
-        policy_forward=forward,
-        policy_backward=counted(train) - forward,
+        policy_forward=counted(lambda: losses.append(outline.banked(batch, rng)[0])),
+        policy_backward=counted(lambda: losses[0].mean().backward()),
         reference=counted(lambda: outline.step.reference_errors(batch, rng)) if needed else 0,
         images=counted(lambda: outline.family.encode_images(outline.pixels())),
         prompts=counted(lambda: outline.family.outline_prompts(1)),

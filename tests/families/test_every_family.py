@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from flowalign.families.base import Family
 from flowalign.families.loading import detect_family, open_checkpoint
 from flowalign.families.noise import FlowNoise
 from flowalign.families.sampling import SamplerSettings, sample
+from flowalign.plan.flops import count, counted
+from flowalign.plan.model import outline
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared, make_accelerator, prepare
 from flowalign.train.trainable import trained
@@ -374,6 +377,56 @@ def test_adapters_learn_beside_a_quantised_base(settings: Callable[..., Config])
     reached = [gradient is not None and bool(gradient.any()) for gradient in ups]
     assert sum(reached) >= len(ups) / 2  # the texts' stream of a last block leads nowhere, quantised or not
     assert all(gradient.isfinite().all() for gradient in ups if gradient is not None)
+
+
+def without_weights(checkpoint: Path, folder: Path) -> Path:
+    return shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "*token*"))
+
+
+def test_an_outline_has_all_shapes_and_needs_no_weights(checkpoint: Path, family: Family, tmp_path: Path) -> None:
+    bare = without_weights(checkpoint, tmp_path / "bare")
+    outlined = type(family).outline(bare, dtype=torch.bfloat16)
+    assert (outlined.resolution, outlined.multiple) == (family.resolution, family.multiple)
+    weights = outlined.denoiser.state_dict()
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in family.denoiser.state_dict().items()
+    }
+    assert {(value.device.type, value.dtype) for value in weights.values()} == {("meta", torch.bfloat16)}
+    real = load(checkpoint, torch.bfloat16).encode_prompts(["a" * 400, "b"]).tensors
+    found = outlined.outline_prompts(2).tensors
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in real.items()}
+    pixels = torch.zeros(2, 3, SIDE, SIDE)
+    assert outlined.encode_images(pixels.to("meta")).mean.shape == family.encode_images(pixels).mean.shape
+    pipeline = family.pipeline(family.denoiser)
+    wanted = {name: part for name, part in pipeline.components.items() if name == "vae" or name.startswith("text_encoder")}
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outlined.outline_encoders().items()}
+    assert sizes == {name: sum(p.numel() for p in part.parameters()) for name, part in wanted.items() if part is not None}
+
+
+def test_nothing_is_done_that_a_plan_does_not_say(settings: Callable[..., Config], checkpoint: Path, tmp_path: Path) -> None:
+    """FLOP of a real step, its backward and of encoding, against those of an outline that knows no weights."""
+    ready = ready_to_train(settings())
+    bare = without_weights(checkpoint, tmp_path / "bare")
+    planned = count(outline(settings(f"model.checkpoint={bare}")))
+    batch = ready.first_batch()
+    ready.model.train()
+
+    def train() -> None:
+        loss, _ = ready.step(batch, Keyed(0))
+        loss.mean().backward()
+
+    done = counted(train)
+    images = counted(lambda: ready.family.encode_images(torch.rand(2, 3, SIDE, SIDE)))
+    prompt = "a" * 400  # every letter is a token, and so is every byte of Qwen-Image's template
+    if ready.family.name == "qwen_image":  # it encodes 1024 tokens, and a plan the 256 that are kept
+        template = ready.family.pipeline(ready.family.denoiser).prompt_template_encode
+        prompt = "a" * (34 + 256 - len(template.format("").encode()))
+    prompts = counted(lambda: ready.family.encode_prompts([prompt]))
+    if ready.family.name == "z_image":  # takes texts at their own lengths, and a plan the longest
+        assert 0.1 * planned.cached < done / 4 < planned.cached
+    else:
+        assert done == 4 * planned.cached
+    assert (images, prompts) == (planned.images, planned.prompts)
 
 
 def test_geometry_reaches_the_step_per_picture(settings: Callable[..., Config]) -> None:

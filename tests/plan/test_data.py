@@ -1,0 +1,120 @@
+"""Counting comparisons without opening pictures, and the caches' size against real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flowalign.config import Config
+from flowalign.data.cache import usage
+from flowalign.plan.data import EXACTLY, count
+from flowalign.plan.model import outline
+from flowalign.setup import Prepared
+
+Settings = Callable[..., Config]
+
+
+@pytest.mark.parametrize("overrides", [["data.flip=true"], ["data.validation=null", "data.held_out=0.3"], ["data.limit=5"]])
+def test_counts_and_cache_are_those_of_a_run(prepared: Callable[..., Prepared], tmp_path: Path, overrides: list[str]) -> None:
+    ready = prepared(*overrides, "reference.bank=2", f"data.cache={tmp_path / 'cache'}", "train.validation_draws=3")
+    found = count(ready.config)
+    assert ready.held_out is not None
+    assert (found.train, found.held_out, found.exact) == (len(ready.train), len(ready.held_out), True)
+    disk = found.disk(outline(ready.config), ready.config)
+    stores = {store["kind"]: store for store in usage(tmp_path / "cache")["stores"]}
+    if "data.validation=null" not in overrides:  # train and validation name the same pictures here, and each counts its own
+        assert disk["latents"] is not None
+        assert found.pictures == 24 + 2 * len(ready.train)
+        return
+    for kind, name in (("images", "latents"), ("prompts", "prompts")):
+        header = 350 * stores[kind]["entries"]  # what safetensors puts before the numbers of an entry
+        assert disk[name] is not None
+        assert disk[name] < stores[kind]["bytes"] < disk[name] + header
+    files = list((tmp_path / "cache").glob("bank-*/*.safetensors"))
+    assert disk["bank"] == sum(path.stat().st_size - 8 - _header(path) for path in files)
+
+
+def _header(path: Path) -> int:
+    return int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_ties_and_bad_rows_are_told_from_the_rest(settings: Settings, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": f"p{place}", "chosen": "same.png", "rejected": f"{place}.png"} for place in range(10)
+    ]
+    rows += [{"prompt": "tie", "chosen": "a.png", "rejected": "b.png", "preference": 0.5}, {"prompt": "", "chosen": 1}]
+    path = write(tmp_path / "votes.jsonl", rows)
+    soft, drop = (
+        count(settings(tmp_path, f"data.train={path}", "data.validation=null", "data.held_out=0", f"data.tie_policy={policy}"))
+        for policy in ("soft", "drop")
+    )
+    assert (soft.train, drop.train, soft.held_out) == (11, 10, 0)
+    assert (soft.pictures, soft.prompts) == (13, 11)  # one picture is in ten rows
+
+
+def test_groups_are_seen(settings: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"]}]
+    found = count(settings(tmp_path, f"data.train={write(tmp_path / 'groups.jsonl', rows)}", "data.validation=null"))
+    assert (found.per_comparison, found.num_chosen) == (4, 2)
+
+
+def test_a_million_rows_are_counted_without_being_read(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = 1_000_000
+    picture = pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), [b"picture"]).cast(pa.binary())
+    table = pa.table(
+        {
+            "caption": pa.array(np.arange(rows) % 5).cast(pa.string()),
+            "jpg_0": picture,
+            "jpg_1": picture,
+            "label_0": np.ones(rows),
+            "label_1": np.zeros(rows),
+        }
+    )
+    for shard in range(2):
+        pq.write_table(table.slice(shard * rows // 2, rows // 2), tmp_path / f"train-{shard}.parquet", row_group_size=10_000)
+    groups: list[int] = []
+    real = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, place, **rest: groups.append(place) or real(self, place, **rest)
+    )
+    overrides = (f"data.train={tmp_path}", "data.format=parquet", "data.validation=null", "data.held_out=0.01")
+    config = settings(tmp_path, *overrides, "reference.bank=4")
+    found = count(config)
+    assert (found.train, found.held_out, found.pictures, found.prompts) == (990_000, 10_000, 2 * rows, rows)
+    assert not found.exact
+    assert f"{EXACTLY:,}" in found.note
+    assert len(groups) == 1
+    assert found.disk(outline(config), config)["bank"] == 4 * 2 * (990_000 * 4 + 10_000)
+    assert count(settings(tmp_path, *overrides, "data.limit=30000")).train == 29_700
+
+
+@pytest.mark.parametrize("source", ["someone/pairs", "s3://bucket/pairs.parquet", "missing.jsonl"])
+def test_what_is_not_here_is_said_and_can_be_told(settings: Settings, tmp_path: Path, source: str) -> None:
+    config = settings(tmp_path, f"data.train={source}", "data.validation=null", "data.held_out=0.1")
+    found = count(config)
+    assert (found.train, found.held_out, found.pictures) == (None, None, None)
+    assert source in found.note
+    assert "--comparisons" in found.note
+    assert found.disk(outline(config), config)["latents"] is None
+    told = count(config, 1000)
+    assert (told.train, told.held_out, told.pictures, told.prompts) == (900, 100, 2000, 1000)
+    assert not told.exact
+
+
+def test_a_validation_source_that_is_not_here_is_said(settings: Settings, tmp_path: Path) -> None:
+    found = count(settings(tmp_path, "data.validation=someone/pairs"))
+    assert (found.train, found.held_out) == (12, None)
+    assert "someone/pairs" in found.note
