@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,7 +86,7 @@ def count(config: Config, comparisons: int | None = None) -> Counted:
             )
     total = known + (len(validation) if validation is not None else 0)
     if source is not None and total <= EXACTLY:
-        return _through(config, source, validation, per_comparison, num_chosen)
+        return replace(_through(config, source, validation, per_comparison, num_chosen), note=note)
     held = len(validation) if validation is not None else round(data.held_out * known)
     train = known if validation is not None else known - held
     said = f"only rows are counted, as there are more than {EXACTLY:,}" if source is not None else note

@@ -49,8 +49,8 @@ def _data(plan: dict[str, Any]) -> Iterator[str]:
     rows.append(("  held out", _number(data["held_out"]), ""))
     rows.append(("disk for caches", "", ""))
     for name, each, what in (("latents", "per_picture", "pictures"), ("prompts", "per_prompt", "prompts")):
-        number = "not known" if data[what] is None else f"{most}{data[what]:,} {what}"
-        rows.append((f"  {name}", size(disk[name]), f"{number}, {size(disk[each])} each"))
+        number = "" if data[what] is None else f"{most}{data[what]:,} {what}, "
+        rows.append((f"  {name}", size(disk[name]), f"{number}{size(disk[each])} each"))
     rows.append(("  reference bank", size(disk["bank"]), "" if plan["run"]["bank"] else "reference.bank is null"))
     yield from _table(rows)
 
@@ -94,9 +94,10 @@ def _run(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _gpus(plan: dict[str, Any]) -> Iterator[str]:
+    missing = [name for name, flops in plan["run"]["flops"].items() if flops is None]
     yield (
         f"on one GPU at {plan['efficiency']:.0%} of its dense {plan['precision']} peak (an assumption, as are the prices; "
-        "drawing samples is not counted)"
+        f"without {', '.join(['drawing samples', *missing])})"
     )
     rows = [("", "TFLOP/s", "comparisons/s", "time", "USD/hour", "USD", "")]
     for row in plan["gpus"]:

@@ -141,6 +141,16 @@ def test_a_model_in_the_hubs_cache_is_found_offline(folders: dict[str, Path], of
     )
 
 
+def test_an_outline_of_a_single_file_comes_from_the_settings_beside_it(single_file: Path, folders: dict[str, Path]) -> None:
+    settings_only(folders["v_zero_snr"], single_file.with_suffix(""))
+    outlined = StableDiffusion.outline(single_file, dtype=torch.float32)
+    real = StableDiffusion.load(single_file, dtype=torch.float32)
+    assert {parameter.device.type for parameter in outlined.denoiser.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in outlined.denoiser.named_parameters()} == {
+        n: p.shape for n, p in real.denoiser.named_parameters()
+    }
+
+
 def broken_index(root: Path, good: Path) -> str:
     (root / "broken").mkdir()
     (root / "broken" / "model_index.json").write_text("{")

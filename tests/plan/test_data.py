@@ -63,6 +63,13 @@ def test_ties_and_bad_rows_are_told_from_the_rest(settings: Settings, tmp_path: 
     assert (soft.pictures, soft.prompts) == (13, 11)  # one picture is in ten rows
 
 
+def test_a_source_without_a_row_that_can_be_read_is_said(settings: Settings, tmp_path: Path) -> None:
+    path = write(tmp_path / "votes.jsonl", [{"prompt": "", "chosen": "a", "rejected": "b"}] * 3)
+    found = count(settings(tmp_path, f"data.train={path}", "data.validation=null"))
+    assert found.train == 0
+    assert "none of the first 3 rows can be read" in found.note
+
+
 def test_groups_are_seen(settings: Settings, tmp_path: Path) -> None:
     rows = [{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"]}]
     found = count(settings(tmp_path, f"data.train={write(tmp_path / 'groups.jsonl', rows)}", "data.validation=null"))
