@@ -167,6 +167,8 @@ class Train(Section):
     """auto, cpu, cuda, cuda:1, mps"""
     threads: Positive | None = None
     """CPU threads; null is torch's choice"""
+    timeout: Rate = 1800.0
+    """seconds after which a process that does not answer the others counts as lost"""
 
 
 class Sample(Section):

@@ -8,7 +8,8 @@ FlowalignError                 anything flowalign reports on purpose
 │   └── MissingExtraError      an optional package that this feature needs
 └── RunError         exit 1    the input was fine and the run failed
     ├── SelfTestError          training would start from a wrong loss
-    └── NonFiniteError         a loss or gradient became NaN or infinite
+    ├── NonFiniteError         a loss or gradient became NaN or infinite
+    └── PeerError              another process of the run is gone
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ class SelfTestError(RunError):
 
 class NonFiniteError(RunError):
     """A loss or gradient became NaN or infinite."""
+
+
+class PeerError(RunError):
+    """Another process of the same run ended or stopped answering."""
 
 
 def allowed(value: object, choices: Iterable[str]) -> str:

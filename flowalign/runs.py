@@ -17,10 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
-from flowalign.align.bank import ReferenceBank
-from flowalign.align.step import PreferenceStep
 from flowalign.config import Config
-from flowalign.data.pairs import PairDataset, fixed_draws, sequential
+from flowalign.data.pairs import sequential
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
@@ -33,11 +31,14 @@ from flowalign.plan.predict import predict
 from flowalign.report.card import write_card
 from flowalign.report.page import write_report
 from flowalign.rng import Keyed
-from flowalign.setup import Prepared, cache_folder, choose_device, make_accelerator, prepare
+from flowalign.setup import Prepared, choose_device, make_accelerator, prepare
+from flowalign.sources import cache_folder
 from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
+from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import export, kohya, trained
+from flowalign.watch import draw_samples, sample_prompts, validation
 
 
 def align(config: Config, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         importance = ready.step.importance
         learned = importance.tensors() if importance is not None else {}
         state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
+        # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
+        ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
         if found:
             load(found[-1], state, ready.about)
         else:
@@ -72,7 +75,8 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
             run.write_environment(accelerator.device)
             run.write_json("data.json", ready.data)
             run.rewind(step_of(found[-1]) if found else -1)
-        finished, seconds = _train(config, ready, state, run, progress)
+        with peers(ready.ranks.count):
+            finished, seconds = _train(config, ready, state, run, progress)
     except KeyboardInterrupt:
         finished, seconds, state = False, 0.0, None
     result = {"run": str(run.path), "finished": finished, "seconds": time.perf_counter() - started}
@@ -80,8 +84,7 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         saved = states(run.states)
         where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
         return result | {"summary": f"stopped; {where}. Continue with: flowalign align {run.path} --resume"}
-    if accelerator.is_main_process:
-        _finish(config, ready, state, run, progress)
+    _finish(config, ready, state, run, progress)
     accelerator.end_training()
     last = _last_metrics(run.metrics)
     pairs = config.train.batch_size * config.train.accumulation * accelerator.num_processes * config.train.steps
@@ -110,7 +113,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
     def sample(step: int) -> None:
         draw_samples(config, ready, run, prompts, step, progress)
 
-    if accelerator.is_main_process and state.step == 0 and prompts:
+    if state.step == 0 and prompts:
         sample(0)
     validate = (
         None
@@ -144,65 +147,12 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
     prompts = sample_prompts(config, ready)
     if prompts:
         draw_samples(config, ready, run, prompts, config.train.steps, progress)
-    export(ready.policy, config.trainable.kind, ready.family.pipeline(ready.policy), ready.family.component, run.weights)
-    report(run.path)
-
-
-@torch.no_grad()
-def validation(
-    step: PreferenceStep, held_out: PairDataset, config: Config, accelerator: Any, bank: ReferenceBank | None = None
-) -> dict[str, float]:
-    """Metrics on held-out comparisons at fixed (t, noise) draws: the same numbers at each call for the same weights.
-
-    Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about.
-    """
-    draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
-    fixed = replace(step, timesteps="stratified", importance=None, bank=bank)
-    sums: dict[str, torch.Tensor] = {}
-    votes = torch.zeros((), device=accelerator.device)
-    count = torch.zeros((), device=accelerator.device)
-    for draw in range(draws):
-        for number, batch in enumerate(fixed_draws(held_out, config.train.batch_size, draws, draw)):
-            if number % accelerator.num_processes != accelerator.process_index:
-                continue
-            decided = (batch.preference != 0.5).to(accelerator.device)
-            _, metrics = fixed(batch, rng)
-            if "rewards/accuracies" in metrics:
-                metrics["rewards/accuracies"] = metrics["rewards/accuracies"] * decided
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, torch.zeros_like(count)) + value.sum()
-            votes += decided.sum()
-            count += len(batch)
-    names = sorted(sums)
-    totals = accelerator.reduce(torch.stack([votes, count, *(sums[name] for name in names)]), "sum").tolist()
-    votes_total, count_total = totals[:2]
-    out = {name: total / count_total for name, total in zip(names, totals[2:], strict=True) if name != "rewards/accuracies"}
-    if "rewards/accuracies" in sums and votes_total:
-        out["rewards/accuracies"] = totals[2 + names.index("rewards/accuracies")] / votes_total
-    return out
-
-
-def sample_prompts(config: Config, ready: Prepared) -> list[str]:
-    """What the run draws along the way: the configured prompts, else the first held-out ones."""
-    from flowalign.data import prompts
-
-    if config.sample.prompts:
-        wanted = config.sample.prompts
-        return prompts.read([wanted] if isinstance(wanted, str) else list(wanted), config.sample.count)
-    source = ready.held_out or ready.train
-    return list(source.cached.prompts[: config.sample.count])
-
-
-def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str], step: int, progress: bool) -> None:
-    """Pictures of the policy as it is, from seeds that stay the same over the run."""
-    side = config.data.resolution
-    settings = SamplerSettings(
-        steps=config.sample.steps, guidance=config.sample.guidance, precision=config.train.precision, height=side, width=side
-    )
-    pipeline = ready.family.pipeline(ready.policy)
-    seeds = [config.sample.seed + index for index in range(len(prompts))]
-    folder = run.samples / f"step-{step:08d}"
-    write_images(folder, pipeline, prompts, seeds, settings, batch_size=config.sample.batch_size, progress=progress)
+    with ready.whole() as denoiser:
+        if denoiser is not None:
+            family = ready.family
+            export(denoiser, config.trainable.kind, family.pipeline(denoiser), family.component, run.weights)
+            report(run.path)
+    ready.ranks.wait()
 
 
 def generate(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
 from flowalign import plugins
@@ -23,18 +27,16 @@ from flowalign.align.reference import with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
 from flowalign.config import Config, check_knobs
-from flowalign.data.audit import audit
 from flowalign.data.batch import Batch
-from flowalign.data.cache import LatentCache
-from flowalign.data.fill import Cached, fill
 from flowalign.data.pairs import PairDataset, PairStream
-from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, write_bad_rows
-from flowalign.errors import ConfigError, DataError, MissingExtraError, allowed
+from flowalign.errors import ConfigError, MissingExtraError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
+from flowalign.sources import cache_folder, load_data
 from flowalign.train.quantized import quantize
-from flowalign.train.trainable import make_trainable, trained
+from flowalign.train.ranks import Ranks
+from flowalign.train.trainable import assemble, make_trainable, trained
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,24 @@ class Prepared:
     """Summary of the comparisons."""
     about: dict[str, object]
     """What a saved state must agree with."""
+    ranks: Ranks
+    plain: nn.Module | None = None
+    """Where the policy lies in shards: a module like it for the whole weights, in the process that writes."""
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module | None]:
+        """The policy with all its weights, in the process that writes, None in the others; every process must ask."""
+        if not self.accelerator.is_fsdp2:
+            yield self.policy if self.ranks.main else None
+            return
+        assemble(self.policy, self.plain)
+        if self.plain is None:
+            yield None
+            return
+        try:
+            yield self.plain.to(self.accelerator.device)
+        finally:
+            self.plain.to("cpu")
 
     def batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches from a place in the endless sequence of comparisons."""
@@ -96,11 +116,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def cache_folder(folder: str | Path | None) -> Path:
-    """The folder given, else $FLOWALIGN_CACHE, else ~/.cache/flowalign."""
-    return Path(folder or os.environ.get("FLOWALIGN_CACHE") or Path.home() / ".cache" / "flowalign")
-
-
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """An Accelerator for this run's device, precision and trackers. Raises ConfigError."""
     if config.train.threads is not None:
@@ -120,11 +135,18 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             cpu=device.type == "cpu",
             log_with=list(config.train.trackers) or None,
             project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
         )
         if config.train.trackers:
             accelerator.init_trackers("flowalign")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train.trackers {list(config.train.trackers)} cannot be used: {error}") from error
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ConfigError(
+            f"accelerate's configuration asks for {kind.value}, whose saved states cannot be resumed here; allowed: plain data "
+            "parallelism and FSDP 2, as in configs/accelerate/ddp.yaml and fsdp2.yaml."
+        )
     return accelerator
 
 
@@ -164,66 +186,6 @@ def choose_importance(config: Config, accelerator: Accelerator) -> Importance | 
     return Importance(accelerator.device, accelerator.gather)
 
 
-def load_data(
-    config: Config, family: Family, folder: Path, progress: bool, main: Accelerator
-) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
-    """Open, split and cache the comparisons; the encoders leave memory afterwards."""
-    data = config.data
-    resolution = data.resolution or family.resolution
-
-    def open_(source: str, limit: int | None) -> Comparisons:
-        return open_comparisons(
-            source, format=data.format, columns=data.columns, split=data.split, tie_policy=data.tie_policy, limit=limit
-        )
-
-    cache = LatentCache(
-        cache_folder(data.cache),
-        family.fingerprint("images"),
-        family.fingerprint("prompts"),
-        resolution=resolution,
-        checkpoint=config.model.checkpoint,
-    )
-    train = open_(data.train, data.limit)
-    if data.validation is not None:
-        held, train_places, held_places = open_(data.validation, None), range(len(train)), None
-    else:
-        train_places, held_places = split_by_prompt(train, data.held_out, config.train.seed)
-        held = train
-
-    def cached(source: Comparisons, places: Any, flips: tuple[bool, ...]) -> Cached:
-        with main.main_process_first():
-            return fill(
-                cache,
-                source,
-                places,
-                family,
-                flips=flips,
-                on_bad_row=data.on_bad_row,
-                progress=progress and main.is_main_process,
-            )
-
-    train_cached = cached(train, train_places, (False, True) if data.flip else (False,))
-    places = range(len(held)) if held_places is None else held_places
-    held_cached = cached(held, places, (False,)) if len(places) else None
-    family.release_encoders()
-    if held_cached is not None and held_cached.num_chosen != train_cached.num_chosen:
-        raise DataError(
-            f"data.validation has {held_cached.num_chosen} chosen pictures a comparison and data.train "
-            f"{train_cached.num_chosen}; validate on comparisons of the same kind."
-        )
-    bad = [*train_cached.bad, *(held_cached.bad if held_cached else ())]
-    if main.is_main_process:
-        write_bad_rows(folder / "bad_rows.jsonl", bad)
-    summary = {
-        "train": audit(train, train_cached.indices),
-        "held_out": audit(held, held_cached.indices) if held_cached else None,
-        "bad_rows": len(bad),
-        "resolution": resolution,
-        "sources": {"train": data.train, "validation": data.validation or f"{data.held_out:.0%} of the prompts of train"},
-    }
-    return PairDataset(cache, train_cached), PairDataset(cache, held_cached) if held_cached else None, summary
-
-
 def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """AdamW, fused where torch has it, or bitsandbytes' 8-bit one."""
     cfg = config.train
@@ -247,24 +209,26 @@ def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch
 
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
     """Load, cache and build all parts of an alignment. Raises UserErrors for what cannot be used."""
+    ranks = Ranks(accelerator, config.train.timeout)
+    ranks.agree(config.model_dump(mode="json"))
     objective, knobs = load_objective(config)
     family = load_family(config, accelerator.device)
     importance = choose_importance(config, accelerator)
     timesteps = family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
     about: dict[str, object] = {
         "denoiser": family.fingerprint("denoiser"),
-        "processes": accelerator.num_processes,
+        "pairs_per_step": config.train.batch_size * config.train.accumulation * ranks.count,
         "objective": {"name": config.objective.name, **knobs},
         "reference": config.reference.model_dump(mode="json"),
         "trainable": config.trainable.model_dump(mode="json"),
         "train": config.train.model_dump(
             mode="json",
-            include={"batch_size", "accumulation", "seed", "caption_dropout", "precision", "optimizer"},
+            include={"seed", "caption_dropout", "precision", "optimizer"},
         )
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
-    train, held_out, summary = load_data(config, family, Path(config.output), progress, accelerator)
+    train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
     # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).
     layout = torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
@@ -301,11 +265,28 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     )
     policy.to(memory_format=layout)
     optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
+    plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
     model, optimizer = accelerator.prepare(torch.compile(policy) if config.train.compile else policy, optimizer)
+    if accelerator.is_fsdp2 and reference is not None:
+        fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     step = replace(step, policy=model, reference=None if reference is None else step.reference, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(
-        config, accelerator, family, policy, model, optimizer, ema, step, train, held_out, held_out_bank, summary, about
+        config,
+        accelerator,
+        family,
+        policy,
+        model,
+        optimizer,
+        ema,
+        step,
+        train,
+        held_out,
+        held_out_bank,
+        summary,
+        about,
+        ranks,
+        plain,
     )

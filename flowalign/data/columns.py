@@ -45,7 +45,8 @@ class Pictures:
             path = self.folder / match["file"]
             if path not in self._files:
                 self._files[path] = ParquetRows([path])
-            return CellImage(value, table=self._files[path], row=int(match["row"]), column=match["column"] or "image")
+            column = match["column"] or "image"
+            return CellImage(value, table=self._files[path], row=int(match["row"]), column=column, beside=True)
         return FileImage(value, self.folder / value)
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,9 +18,10 @@ from tqdm.auto import tqdm
 
 from flowalign.data.batch import Conditioning
 from flowalign.data.cache import LatentCache
+from flowalign.data.forecast import Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
-from flowalign.data.records import Comparison
+from flowalign.data.records import Comparison, key63
 from flowalign.errors import DataError, NonFiniteError
 
 
@@ -72,13 +74,45 @@ class Fitted(NamedTuple):
     """see `images.geometry`"""
 
 
+class Ranks(Protocol):
+    """The processes that fill a cache together, seen from one of them; see `train.ranks.Ranks`."""
+
+    count: int
+    index: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, what JSON can hold; waits for all."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of a tensor on the CPU."""
+
+
+class Alone:
+    """One process."""
+
+    count, index = 1, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 @dataclass(frozen=True)
 class _Ready:
-    """A comparison whose pictures have been read, and the pixels of those that are not cached yet."""
+    """A comparison, the sha256 of those of its pictures that are this process's, and the pixels that are not cached yet."""
 
     comparison: Comparison
     digests: tuple[bytes, ...]
     misses: dict[Path, Fitted]
+
+
+BLOCK = 64
+"""Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
+ELSEWHERE = bytes(32)
+"""Stands for the sha256 of a picture that another process reads."""
+ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4")]
 
 
 def fill(
@@ -91,6 +125,7 @@ def fill(
     batch_size: int = 8,
     on_bad_row: str = "skip",
     workers: int = 4,
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
     """Encode what is not in the cache yet: every picture in every variant of `flips`, every prompt, and the empty prompt.
@@ -99,74 +134,88 @@ def fill(
     uses; equal picture files and equal prompts are encoded once. on_bad_row: "skip" lists rows whose picture is missing,
     damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError.
 
+    Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
+    names or by the row that holds them, and all get the same Cached. They must see one cache folder.
+
     An entry must not depend on what else was in its batch, or a resumed fill would differ from an uninterrupted one. So
     every batch has exactly `batch_size` rows (the last is padded by repeating its last row): kernels are chosen by shape
     and treat rows alike. Another batch_size may change the last bits of new entries; entries that exist are kept as they are.
 
-    Raises DataError if no comparison is usable or if they differ in their number of pictures, ConfigError if the
-    resolution does not suit the family, NonFiniteError if an encoder gives NaN or infinity.
+    Raises DataError if no comparison is usable, if they differ in their number of pictures, or if the disk is too small,
+    ConfigError if the resolution does not suit the family, NonFiniteError if an encoder gives NaN or infinity.
     """
     check_on_bad_row(on_bad_row)
     check_resolution(cache.resolution, family.multiple)
-    flips = tuple(dict.fromkeys(flips)) or (False,)
-    images = _Batches(batch_size, lambda paths, pictures: _encode_images(cache, family, paths, pictures))
-    texts = _Batches(batch_size, lambda paths, prompts: _encode_prompts(cache, family, paths, prompts))
+    ranks, flips, step = ranks or Alone(), tuple(dict.fromkeys(flips)) or (False,), 0
+    forecast = Forecast(cache.folder, comparisons, show=progress)
+
+    def foresee(kind: str, entry: Path) -> None:
+        if ranks.index == 0:
+            forecast.check(kind, entry, indices[step + 1 :], len(flips) if kind == "pictures" else 1)
+
+    images = _Batches(batch_size, partial(_encode_images, cache, family), partial(foresee, "pictures"))
+    texts = _Batches(batch_size, partial(_encode_prompts, cache, family), partial(foresee, "prompts"))
     prompts: dict[str, int] = {}
-    bad: list[BadRow] = []
-    rows: list[tuple[int, int, int, float, float]] = []  # place, id, prompt, preference, weight
-    digests = bytearray()
+    reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
+    rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
     shape: tuple[int, int] | None = None
 
-    if not (path := cache.prompt_path("")).exists():
+    if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
         texts.add(path, "")
     with tqdm(total=len(indices), desc="caching latents and prompts", unit="row", disable=not progress) as bar:
-        for place, ready in _prepared(cache, comparisons, indices, flips, workers):
+        for step, ready in enumerate(_prepared(cache, comparisons, indices, flips, workers, ranks)):
             bar.update()
             if isinstance(ready, DataError):
                 if on_bad_row == "error":
                     raise ready
-                bad.append(BadRow(place, str(ready)))
+                reasons[step] = str(ready)
                 continue
             comparison = ready.comparison
             if shape is None:
                 shape = len(comparison.images), comparison.num_chosen
+                digests = np.zeros((len(indices), shape[0], 32), np.uint8)
             if (len(comparison.images), comparison.num_chosen) != shape:
-                here = (
-                    f"{comparison.source or place}: {len(comparison.images)} pictures of which {comparison.num_chosen} chosen"
-                )
+                here = f"{comparison.source or step}: {len(comparison.images)} pictures of which {comparison.num_chosen} chosen"
                 raise DataError(f"{here}, but earlier rows have {shape[0]} and {shape[1]}; train on one kind at a time")
             for path, fitted in ready.misses.items():
                 images.add(path, fitted)
             prompt = prompts.setdefault(comparison.prompt, len(prompts))
-            if prompt == len(prompts) - 1 and not (path := cache.prompt_path(comparison.prompt)).exists():
-                texts.add(path, comparison.prompt)
-            rows.append((place, comparison.id, prompt, comparison.preference, comparison.weight))
-            digests += b"".join(ready.digests)
+            if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
+                texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
+            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight
+            digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
         texts.flush()
-    if shape is None:
+    everyone = ranks.gather([[*reasons.items()], shape])
+    found = {step: reason for each, _ in everyone for step, reason in each}
+    shape = next((tuple(each) for _, each in everyone if each is not None), None)
+    bad = tuple(BadRow(int(indices[step]), found[step]) for step in sorted(found))
+    good = np.setdiff1d(np.arange(len(indices)), [*found])
+    if shape is None or not len(good):
         first = f"; the first reason: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(indices)} comparisons can be used{first}")
-    places, ids, prompt_of, preference, weight = zip(*rows, strict=True)
+    rows, texts_known = rows[good], tuple(prompts)
+    used, first_seen, place = np.unique(rows["prompt"], return_index=True, return_inverse=True)
+    order = np.argsort(first_seen)  # in the order of the rows, whatever rows this process could not use
     return Cached(
-        indices=np.array(places, dtype=np.int64),
-        pictures=np.frombuffer(bytes(digests), dtype=np.uint8).reshape(len(rows), shape[0], 32),
-        prompts=tuple(prompts),
-        prompt=np.array(prompt_of, dtype=np.int64),
-        ids=np.array(ids, dtype=np.int64),
-        preference=np.array(preference, dtype=np.float32),
-        weight=np.array(weight, dtype=np.float32),
+        indices=np.asarray(indices, dtype=np.int64)[good],
+        pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
+        prompts=tuple(texts_known[prompt] for prompt in used[order]),
+        prompt=np.argsort(order)[place],
+        ids=rows["id"].copy(),
+        preference=rows["preference"].copy(),
+        weight=rows["weight"].copy(),
         num_chosen=shape[1],
         flips=flips,
-        bad=tuple(bad),
+        bad=bad,
     )
 
 
 class _Batches:
     """Collects distinct entries and hands them on `size` at a time, the last ones padded to `size`."""
 
-    def __init__(self, size: int, encode: Callable[[list[Path], list[Any]], None]) -> None:
-        self._size, self._encode = size, encode
+    def __init__(self, size: int, encode: Callable[[list[Path], list[Any]], None], written: Callable[[Path], None]) -> None:
+        self._size, self._encode, self._written = size, encode, written
         self._pending: dict[Path, Any] = {}
 
     def add(self, path: Path, item: Any) -> None:
@@ -178,9 +227,10 @@ class _Batches:
 
     def flush(self) -> None:
         if self._pending:
-            items = list(self._pending.values())
-            self._encode(list(self._pending), items + items[-1:] * (self._size - len(items)))
+            paths, items = list(self._pending), list(self._pending.values())
+            self._encode(paths, items + items[-1:] * (self._size - len(items)))
             self._pending.clear()
+            self._written(paths[0])
 
 
 @torch.no_grad()
@@ -205,22 +255,27 @@ def _encode_prompts(cache: LatentCache, family: Encoder, paths: list[Path], prom
 
 
 def _prepared(
-    cache: LatentCache, comparisons: Sequence[Comparison], indices: Iterable[int], flips: tuple[bool, ...], workers: int
-) -> Iterator[tuple[int, _Ready | DataError]]:
-    """Places in order with what the threads made of them; a few rows ahead of the encoder and no more."""
-    waiting: deque[tuple[int, Future[_Ready | DataError]]] = deque()
+    cache: LatentCache,
+    comparisons: Sequence[Comparison],
+    indices: Iterable[int],
+    flips: tuple[bool, ...],
+    workers: int,
+    ranks: Ranks,
+) -> Iterator[_Ready | DataError]:
+    """What the threads made of each place, in order; a few rows ahead of the encoder and no more."""
+    waiting: deque[Future[_Ready | DataError]] = deque()
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
         for place in map(int, indices):
-            waiting.append((place, pool.submit(_prepare, cache, comparisons, place, flips)))
+            waiting.append(pool.submit(_prepare, cache, comparisons, place, flips, ranks))
             if len(waiting) > 4 * workers:
-                place, future = waiting.popleft()
-                yield place, future.result()
+                yield waiting.popleft().result()
         while waiting:
-            place, future = waiting.popleft()
-            yield place, future.result()
+            yield waiting.popleft().result()
 
 
-def _prepare(cache: LatentCache, comparisons: Sequence[Comparison], place: int, flips: tuple[bool, ...]) -> _Ready | DataError:
+def _prepare(
+    cache: LatentCache, comparisons: Sequence[Comparison], place: int, flips: tuple[bool, ...], ranks: Ranks
+) -> _Ready | DataError:
     try:
         comparison = comparisons[place]
     except DataError as error:
@@ -228,6 +283,9 @@ def _prepare(cache: LatentCache, comparisons: Sequence[Comparison], place: int, 
     digests: list[bytes] = []
     misses: dict[Path, Fitted] = {}
     for image in comparison.images:
+        if (place // BLOCK if image.in_row else key63(image.name)) % ranks.count != ranks.index:
+            digests.append(ELSEWHERE)
+            continue
         try:
             data = image.read()
             digest = hashlib.sha256(data).digest()

@@ -22,6 +22,11 @@ class ImageRef(ABC):
     name: str
     """The picture's identity inside its data source, which does not change when the source is moved."""
 
+    @property
+    def in_row(self) -> bool:
+        """Whether the picture lies in the row that names it, not beside it where other rows may name it too."""
+        return True
+
     @abstractmethod
     def read(self) -> bytes:
         """The encoded picture (PNG, JPEG, ...). Raises DataError if there is none."""
@@ -42,6 +47,10 @@ class FileImage(ImageRef):
     """A picture file."""
 
     path: Path
+
+    @property
+    def in_row(self) -> bool:
+        return False
 
     def read(self) -> bytes:
         try:
@@ -86,6 +95,12 @@ class CellImage(ImageRef):
     table: Cells = field(repr=False)
     row: int
     column: str
+    beside: bool = False
+    """Named from outside of the table."""
+
+    @property
+    def in_row(self) -> bool:
+        return not self.beside
 
     def read(self) -> bytes:
         return self.table.cell(self.row, self.column)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError
 from flowalign.files import atomic_folder
+from flowalign.train.ranks import differences, gathered, scattered
 
 
 @dataclass
@@ -43,15 +42,22 @@ class State:
         return out
 
 
-def save(folder: Path, state: State, about: dict[str, object], keep: int) -> Path:
-    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep` states."""
+def save(folder: Path, state: State, about: dict[str, object], keep: int, *, write: bool = True) -> Path:
+    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep` states.
+
+    Every process of a run calls it, because tensors in shards are put together here; the one with `write` writes.
+    """
     path = folder / f"step-{state.step:08d}"
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.tensors().items():
+        whole = gathered(tensor.detach())
+        if write:  # clones: safetensors refuses tensors that share memory, and a shared step counter is such a tensor
+            tensors[name] = whole.cpu().contiguous().clone()
+    if not write:
+        return path
     scaler = state.scaler.state_dict() if state.scaler is not None else None
     with atomic_folder(path) as temporary:
-        # Clones: safetensors refuses tensors that share memory, and a shared step counter is such a tensor.
-        save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in state.tensors().items()}, temporary / "state.safetensors"
-        )
+        save_file(tensors, temporary / "state.safetensors")
         (temporary / "about.json").write_text(json.dumps({"step": state.step, "scaler": scaler, **about}, indent=1))
     for old in states(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -77,7 +83,7 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
         raise CheckpointError(
             f"the saved state {path} cannot be read ({error}); delete that folder and resume again."
         ) from error
-    different = list(_differences(saved, json.loads(json.dumps(about))))
+    different = [f"{name} was {a} and is {b}" for name, a, b in differences(saved, json.loads(json.dumps(about)))]
     expected = {name for name in state.tensors() if not name.startswith("optimizer/")}
     found = {name for name in tensors if not name.startswith("optimizer/")}
     if different or expected != found:
@@ -88,9 +94,9 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
         )
     with torch.no_grad():
         for name, parameter in state.parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            parameter.copy_(scattered(tensors[f"parameter/{name}"], parameter))
         for name, tensor in (state.ema or {}).items():
-            tensor.copy_(tensors[f"ema/{name}"])
+            tensor.copy_(scattered(tensors[f"ema/{name}"], tensor))
         for name, tensor in state.learned.items():
             tensor.copy_(tensors[f"learned/{name}"])
     slots: dict[int, dict[str, Tensor]] = {}
@@ -104,16 +110,8 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
     state.step = int(saved["step"])
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What differs, by dotted name, such as "objective.beta was 2000.0 and is 500.0"."""
-    for key, value in here.items():
-        before = saved.get(key)
-        if isinstance(value, dict) and isinstance(before, dict):
-            yield from _differences(before, value, f"{prefix}{key}.")
-        elif before != value:
-            yield f"{prefix}{key} was {before} and is {value}"
-
-
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """`value` in the parameter's memory format: fused AdamW goes through both in the order they lie in memory."""
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if value.shape == parameter.shape else value
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(scattered(value, parameter))

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from flowalign.data.batch import Batch
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
 from flowalign.train.checkpoint import State, save
+from flowalign.train.ranks import Ranks, gathered
 
 Step = Callable[[Batch, Keyed], tuple[Tensor, dict[str, Tensor]]]
 
@@ -32,6 +33,7 @@ class Hooks:
     """Write one line of metrics."""
     validate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[int], None] | None = None
+    """Called in every process: weights in shards are put together for it."""
     refresh: Callable[[], None] | None = None
     """Every `log_every` steps, when the device has been waited for: what the step learns from its own batches."""
 
@@ -64,7 +66,7 @@ def fit(
     Metrics are summed on the device and read once every `log_every` steps, averaged over accumulation and ranks.
     Raises NonFiniteError before a broken state could be saved.
     """
-    rng = Keyed(cfg.seed)
+    rng, ranks = Keyed(cfg.seed), Ranks(accelerator, cfg.timeout)
     parameters = list(state.parameters.values())
     per_step = cfg.batch_size * cfg.accumulation * accelerator.num_processes
     stream = batches(state.step * per_step)
@@ -105,15 +107,14 @@ def fit(
             model.train()
 
     def sample() -> None:
-        if hooks.sample is not None and accelerator.is_main_process:
+        if hooks.sample is not None:
             model.eval()
             hooks.sample(state.step)
             model.train()
 
     def checkpoint() -> None:
         flush()
-        if accelerator.is_main_process:
-            save(states, state, about, cfg.keep_checkpoints)
+        save(states, state, about, cfg.keep_checkpoints, write=ranks.main)
 
     if state.step == 0:
         aside(validate)
@@ -121,13 +122,14 @@ def fit(
     shown = progress and accelerator.is_main_process
     bar = tqdm(total=cfg.steps, initial=state.step, desc="aligning", unit="step", disable=not shown)
     with _stop_signals() as stopped:
-        while state.step < cfg.steps and not stopped():
+        # A signal reaches processes at different times; all of them must leave after the same step.
+        while state.step < cfg.steps and not ranks.any(stopped()):
             rate = learning_rate(state.step, cfg)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
             for micro in range(cfg.accumulation):
                 last = micro == cfg.accumulation - 1
-                with accelerator.no_sync(model) if not last else _nothing():
+                with accelerator.no_sync(model) if not last else nullcontext():
                     loss, metrics = step(next(stream), rng)
                     # Accelerator.backward divides by the accumulation it was told of; here that is 1, so divide once, by hand.
                     accelerator.backward(loss.mean() / cfg.accumulation)
@@ -135,7 +137,8 @@ def fit(
                     mean = value.mean() / cfg.accumulation
                     sums[name] = sums[name] + mean if name in sums else mean
             accelerator.unscale_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm if cfg.clip_norm is not None else math.inf)
+            largest = cfg.clip_norm if cfg.clip_norm is not None else math.inf
+            norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, largest))
             if accelerator.scaler is None:  # with fp16 an overflowing step is skipped by the scaler, and is no error
                 sums["grad_norm"] = sums["grad_norm"] + norm if "grad_norm" in sums else norm
             state.optimizer.step()
@@ -162,11 +165,6 @@ def fit(
             checkpoint()
     bar.close()
     return finished
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

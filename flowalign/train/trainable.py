@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.loading import LORA
 from flowalign.files import atomic_folder
+from flowalign.train.ranks import gathered
 
 
 def make_trainable(
@@ -56,6 +57,19 @@ def make_trainable(
 def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name, in the module's order."""
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def assemble(policy: nn.Module, plain: nn.Module | None) -> None:
+    """Put weights that lie in shards together in `plain`, a module like `policy`, in the process that has one.
+
+    Every process must call it.
+    """
+    target = {} if plain is None else plain.state_dict()
+    for name, tensor in policy.state_dict().items():
+        whole = gathered(tensor)
+        if plain is not None:
+            target[name].copy_(whole)
 
 
 def export(policy: nn.Module, kind: str, pipeline: object, component: str, folder: Path) -> None:

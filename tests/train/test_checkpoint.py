@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from flowalign.errors import CheckpointError
 from flowalign.train.checkpoint import State, load, save, states
 
-ABOUT: dict[str, object] = {"objective": {"name": "dpo", "beta": 2000.0}, "processes": 1, "train": {"adam_betas": (0.9, 0.99)}}
+ABOUT: dict[str, object] = {
+    "objective": {"name": "dpo", "beta": 2000.0},
+    "pairs_per_step": 8,
+    "train": {"adam_betas": (0.9, 0.99)},
+}
 
 
 def convolution(*, ema: bool = True, seed: int = 0) -> tuple[nn.Module, State]:
@@ -70,7 +74,7 @@ def test_a_state_holds_every_number_that_training_needs(tmp_path: Path) -> None:
     [
         ({"objective": {"name": "dpo", "beta": 500.0}}, "objective.beta was 2000.0 and is 500.0"),
         ({"objective": {"name": "ipo", "tau": 500.0}}, "objective.name was dpo and is ipo"),
-        ({"processes": 2}, "processes was 1 and is 2"),
+        ({"pairs_per_step": 16}, "pairs_per_step was 8 and is 16"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path: Path, change: dict[str, Any], said: str) -> None:

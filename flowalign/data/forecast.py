@@ -1,0 +1,64 @@
+"""How much room a cache will take, said once a first entry of each kind shows how large they are."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from flowalign.data.records import Comparison, key63
+from flowalign.errors import DataError
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+KINDS: dict[str, Callable[[Comparison], Iterable[str]]] = {
+    "pictures": lambda comparison: (image.name for image in comparison.images),
+    "prompts": lambda comparison: (comparison.prompt,),
+}
+
+
+class Forecast:
+    """Bytes that the rest of a fill will write: distinct pictures times their variants, and distinct prompts.
+
+    Pictures are told apart by their names, so nothing is opened; what is cached already is counted all the same.
+    """
+
+    def __init__(self, folder: Path, comparisons: Sequence[Comparison], *, show: bool) -> None:
+        self._folder, self._comparisons, self._show = folder, comparisons, show
+        self._planned: dict[str, int] = {}
+
+    def check(self, kind: str, entry: Path, places: Iterable[int], variants: int = 1) -> None:
+        """Say, once for each of KINDS, what `places` will take if every entry is as large as `entry`.
+
+        Raises DataError where the disk has not that much room.
+        """
+        if kind in self._planned:
+            return
+        count = len({key63(name) for comparison in self._read(places) for name in KINDS[kind](comparison)}) * variants
+        self._planned[kind] = count * entry.stat().st_size
+        free, whole = shutil.disk_usage(self._folder).free, sum(self._planned.values())
+        told = f"caching {count} more {kind} takes about {amount(self._planned[kind])}"
+        if whole > free:
+            raise DataError(
+                f"{told}, {amount(whole)} in all, and {str(self._folder)!r} has {amount(free)} left; free some, name another "
+                "folder with data.cache, or use fewer comparisons with data.limit"
+            )
+        if self._show:
+            tqdm.write(f"{told}; {str(self._folder)!r} has {amount(free)} left", file=sys.stderr)
+
+    def _read(self, places: Iterable[int]) -> Iterator[Comparison]:
+        for place in places:
+            try:
+                yield self._comparisons[int(place)]
+            except DataError:
+                continue
+
+
+def amount(size: float) -> str:
+    """Bytes as people read them, such as "3.2 GiB"."""
+    unit = 0
+    while size >= 1024 and unit < len(UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:.1f} {UNITS[unit]}" if unit else f"{size:.0f} {UNITS[unit]}"
