@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             result = options.command(options)
+            if result["summary"] is None:  # another process of the same run speaks for this one
+                return 0
             print(result["summary"])
     except FlowalignError as error:
         return _fail(options, error, str(error), error.exit_code)

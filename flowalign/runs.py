@@ -45,7 +45,8 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     """Align a model as `config` says; the run folder `config.output` holds the result.
 
     With `resume` a run that was stopped or killed goes on from its last saved state, and ends as if it never had been.
-    SIGINT and SIGTERM end it early after saving. Raises ConfigError where the folder is in use and `resume` is not set.
+    SIGINT and SIGTERM end it early after saving. Of several processes only the first writes, and has a summary.
+    Raises ConfigError where the folder is in use and `resume` is not set, PeerError where another process is gone.
     """
     started = time.perf_counter()
     run = RunDir(Path(config.output))
@@ -80,12 +81,16 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     except KeyboardInterrupt:
         finished, seconds, state = False, 0.0, None
     result = {"run": str(run.path), "finished": finished, "seconds": time.perf_counter() - started}
+    if not finished and not accelerator.is_main_process:
+        return result | {"summary": None}
     if not finished:
         saved = states(run.states)
         where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
         return result | {"summary": f"stopped; {where}. Continue with: flowalign align {run.path} --resume"}
     _finish(config, ready, state, run, progress)
     accelerator.end_training()
+    if not accelerator.is_main_process:
+        return result | {"summary": None}
     last = _last_metrics(run.metrics)
     pairs = config.train.batch_size * config.train.accumulation * accelerator.num_processes * config.train.steps
     accuracy = last.get("eval/rewards/accuracies")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
@@ -141,6 +142,10 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             accelerator.init_trackers("flowalign")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train.trackers {list(config.train.trackers)} cannot be used: {error}") from error
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise ConfigError(

@@ -1,22 +1,25 @@
 """Runs in processes that a test can kill. Not a test: `python forks.py kill|ranks ...`; imports are paid for once, runs fork.
 
 kill CONFIG KILLS SEED    align again and again, killed at random moments, then once to the end
-ranks CONFIG COUNT PORT   align once, with COUNT processes
+ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, unlike, apart and keep, see there
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flowalign import config, runs
+from flowalign.align.step import PreferenceStep
 
 torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
@@ -56,18 +59,59 @@ def kill(settings: config.Config, kills: int, seed: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def ranks(settings: config.Config, count: int, port: int) -> int:
-    """What torchrun does: one process per rank, told by the environment who it is."""
+def ranks(settings: config.Config, count: int, port: int, before: Callable[[int], object] = lambda index: None) -> int:
+    """What torchrun does: one process per rank, told by the environment who it is; runs go on where they were.
+
+    `before(index)` is called in each process first. A process that was killed counts as exit code 0 here.
+    """
 
     def rank(index: int) -> object:
         os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(port)
-        return runs.align(settings, progress=False)
+        changed = before(index)
+        return runs.align(changed if isinstance(changed, config.Config) else settings, resume=True, progress=False)
 
     children = [fork(lambda index=index: rank(index)) for index in range(count)]  # type: ignore[misc]
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
+def lost(settings: config.Config, count: int, port: int) -> int:
+    """The last process is killed in the middle of step 4, of which it had done one of two micro-steps."""
+
+    def before(index: int) -> None:
+        calls, step = iter(range(100)), PreferenceStep.__call__
+
+        def counted(self: PreferenceStep, *arguments: Any) -> Any:
+            out = step(self, *arguments)
+            if self.policy.training and next(calls) == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return out
+
+        if index == count - 1:
+            PreferenceStep.__call__ = counted  # type: ignore[method-assign]
+
+    return ranks(settings, count, port, before)
+
+
+def unlike(settings: config.Config, count: int, port: int) -> int:
+    """The last process was given another learning rate."""
+    other = settings.model_copy(update={"train": settings.train.model_copy(update={"learning_rate": 0.5})})
+    return ranks(settings, count, port, lambda index: other if index == count - 1 else None)
+
+
+def apart(settings: config.Config, count: int, port: int) -> int:
+    """The run that nothing happens to, in a folder beside."""
+    return ranks(settings.model_copy(update={"output": f"{settings.output}-apart"}), count, port)
+
+
+def keep(settings: config.Config, count: int, port: int) -> int:
+    """A copy of the run as it lies there, in a folder beside."""
+    shutil.copytree(settings.output, f"{settings.output}-kept")
+    return 0
+
+
 if __name__ == "__main__":
-    what, path, first, second = sys.argv[1:]
-    sys.exit({"kill": kill, "ranks": ranks}[what](config.load(path), int(first), int(second)))
+    names, path, first, second = sys.argv[1:]
+    commands = {"kill": kill, "ranks": ranks, "lost": lost, "unlike": unlike, "apart": apart, "keep": keep}
+    for place, name in enumerate(names.split(",")):  # one after the other, in one process that has imported everything
+        print(name, commands[name](config.load(path), int(first), int(second) + place), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -74,15 +75,24 @@ def assert_same_run(one: Path, other: Path, trainable: str) -> None:
     assert metrics(one) == metrics(other)
 
 
-def forks(what: str, settings: Config, folder: Path, *numbers: int) -> str:
+def forks(names: str, settings: Config, folder: Path, *numbers: int) -> tuple[dict[str, int], str]:
+    """Exit codes of the commands of forks.py with these names, and what they printed."""
     (folder / "forks.yaml").write_text(config.dump(settings))
-    command = [sys.executable, str(FORKS), what, str(folder / "forks.yaml"), *map(str, numbers)]
+    command = [sys.executable, str(FORKS), names, str(folder / "forks.yaml"), *map(str, numbers)]
     paths = [str(Path(runs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env=os.environ | {"PYTHONPATH": ":".join(paths)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    codes = {name: int(code) for name, code in re.findall(rf"^({names.replace(',', '|')}) (-?\d+)$", done.stdout, re.MULTILINE)}
+    assert set(codes) == set(names.split(","))
+    return codes, done.stdout + done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])
@@ -120,7 +130,8 @@ def test_stopped_by_signals_and_resumed(
 
 
 def test_killed_at_random_moments_and_resumed(settings: Make, whole: Callable[[str], Path], tmp_path: Path) -> None:
-    said = forks("kill", settings(tmp_path / "run", *SETTINGS), tmp_path, 3, 0)
+    codes, said = forks("kill", settings(tmp_path / "run", *SETTINGS), tmp_path, 3, 0)
+    assert codes == {"kill": 0}, said
     assert said.count("killed") >= 2
     assert_same_run(whole("lora"), tmp_path / "run", "lora")
 
@@ -131,7 +142,8 @@ def test_killed_at_random_moments_and_resumed(settings: Make, whole: Callable[[s
 def test_killed_ten_times_and_resumed(settings: Make, tmp_path: Path, trainable: str, seed: int) -> None:
     longer = (*SETTINGS, f"trainable.kind={trainable}", "train.steps=24", "train.save_every=1")
     runs.align(settings(tmp_path / "whole", *longer), progress=False)
-    said = forks("kill", settings(tmp_path / "run", *longer), tmp_path, 10, seed)
+    codes, said = forks("kill", settings(tmp_path / "run", *longer), tmp_path, 10, seed)
+    assert codes == {"kill": 0}, said
     assert said.count("killed") >= 8
     assert_same_run(tmp_path / "whole", tmp_path / "run", trainable)
 
@@ -173,25 +185,20 @@ def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
 
 
 @pytest.mark.parametrize("timesteps", ["stratified", "importance"])
-def test_eight_at_once_are_two_four_times_are_two_processes(settings: Make, tmp_path: Path, timesteps: str) -> None:
+def test_eight_at_once_are_two_four_times(settings: Make, tmp_path: Path, timesteps: str) -> None:
     common = ("train.steps=2", "train.learning_rate=1e-4", "train.caption_dropout=0.3", f"train.timesteps={timesteps}")
-    shapes = {"whole": (8, 1), "accumulated": (2, 4), "ranks": (2, 2)}
+    shapes = {"whole": (8, 1), "accumulated": (2, 4)}
     made = {
         name: settings(tmp_path / name, *common, f"train.batch_size={size}", f"train.accumulation={times}")
         for name, (size, times) in shapes.items()
     }
     runs.align(made["whole"], progress=False)
     runs.align(made["accumulated"], progress=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forks("ranks", made["ranks"], tmp_path, 2, port)
     weights = {name: load_file(tmp_path / name / "weights" / FILES["lora"]) for name in shapes}
-    for name in ("accumulated", "ranks"):
-        for key, tensor in weights["whole"].items():
-            torch.testing.assert_close(weights[name][key], tensor, rtol=0, atol=1e-5)
-        signs = ("train/rewards/accuracies", "eval/rewards/accuracies")  # those of margins that are about 0 yet
-        for one, other in zip(metrics(tmp_path / "whole", *signs), metrics(tmp_path / name, *signs), strict=True):
-            assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+    for key, tensor in weights["whole"].items():
+        torch.testing.assert_close(weights["accumulated"][key], tensor, rtol=0, atol=1e-5)
+    signs = ("train/rewards/accuracies", "eval/rewards/accuracies")  # those of margins that are about 0 yet
+    for one, other in zip(metrics(tmp_path / "whole", *signs), metrics(tmp_path / "accumulated", *signs), strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
     start = load_file(tmp_path / "whole" / "weights" / FILES["lora"])
     assert max(tensor.abs().max() for key, tensor in start.items() if "lora.up" in key or "lora_B" in key) > 1e-4

@@ -1,0 +1,136 @@
+"""Several processes are one run: with real ones that talk over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowalign import config, runs
+from flowalign.align.step import PreferenceStep
+from flowalign.config import Config
+from flowalign.data.batch import Batch
+from flowalign.errors import CheckpointError
+from flowalign.rng import Keyed
+from flowalign.train.checkpoint import states
+from tests.train.test_resume import FILES, SETTINGS, assert_same_run, forks, free_port, metrics
+
+Make = Callable[..., Config]
+GLOBAL = 4  # comparisons a step, however they are spread
+SPREAD = (*SETTINGS, "train.learning_rate=1e-4", "train.caption_dropout=0.3")
+SIGNS = ("train/rewards/accuracies", "eval/rewards/accuracies", "eval/step")  # of margins that are about 0 yet
+
+
+def spread(settings: Make, output: Path, processes: int, *more: str) -> Config:
+    size = GLOBAL // 2 // processes  # SETTINGS accumulate twice
+    return settings(output, *SPREAD, f"train.batch_size={size}", *more)
+
+
+@pytest.fixture(scope="module")
+def two(settings: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """Two processes: a run left alone (run-apart), one with two configurations, one that lost a process and went on."""
+    folder = tmp_path_factory.mktemp("two")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    codes, said = forks("apart,unlike,lost,keep,ranks", spread(settings, folder / "run", 2), folder, 2, free_port())
+    assert codes == {"apart": 0, "unlike": 1, "lost": 1, "keep": 0, "ranks": 0}, said
+    yield folder, said
+    torch.set_num_threads(before)
+
+
+def test_two_processes_are_one_with_twice_the_batch(settings: Make, two: tuple[Path, str], tmp_path: Path) -> None:
+    runs.align(spread(settings, tmp_path / "one", 1), progress=False)
+    one, both = (load_file(path / "weights" / FILES["lora"]) for path in (tmp_path / "one", two[0] / "run-apart"))
+    assert one.keys() == both.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-6)
+    for left, right in zip(metrics(tmp_path / "one", *SIGNS), metrics(two[0] / "run-apart", *SIGNS), strict=True):
+        assert right == pytest.approx(left, rel=1e-3, abs=1e-4)
+    assert max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name) > 3e-4
+
+
+def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:
+    sentence = "the processes of this run are not alike: train.learning_rate is 0.0001 in process 0 and 0.5 in process 1"
+    assert two[1].count(f"ConfigError: {sentence}") == 2  # each of them says so
+
+
+def test_a_killed_process_ends_the_others_and_leaves_a_run_that_goes_on_with_any_number_of_them(
+    settings: Make, two: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of step 4; with as many processes the same bits come out, with another number the same order."""
+    folder, said = two
+    assert "PeerError: another process of this run ended or stopped answering" in said
+    lost = folder / "run-kept"
+    assert [path.name for path in states(lost / "state")] == ["step-00000002"]
+    assert not (lost / "weights").exists()
+    seen: list[int] = []
+    step = PreferenceStep.__call__
+
+    def record(self: PreferenceStep, batch: Batch, rng: Keyed) -> Any:
+        seen.extend(batch.positions if self.policy.training else ())
+        return step(self, batch, rng)
+
+    alone = spread(settings, tmp_path / "alone", 1)
+    shutil.copytree(lost, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceStep, "__call__", record)
+        runs.align(alone, resume=True, progress=False)
+    assert seen == list(range(2 * GLOBAL, 6 * GLOBAL))
+    weights = [load_file(path / "weights" / FILES["lora"]) for path in (tmp_path / "alone", folder / "run-apart")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
+    assert_same_run(folder / "run-apart", folder / "run", "lora")
+
+
+def test_a_resume_with_another_number_of_comparisons_a_step_is_refused(settings: Make, two: tuple[Path, str]) -> None:
+    other = settings(two[0] / "run-apart", *SPREAD, f"train.batch_size={GLOBAL}")
+    with pytest.raises(CheckpointError, match="pairs_per_step was 4 and is 8"):
+        runs.align(other, resume=True, progress=False)
+
+
+def launched(command: list[str], settings: Config, folder: Path) -> None:
+    (folder / "config.yaml").write_text(config.dump(settings))
+    environment = os.environ | {"PYTHONPATH": str(Path(runs.__file__).parents[1])}
+    last = ["-m", "flowalign", "align", str(folder / "config.yaml"), "--json"]
+    done = subprocess.run([*command, *last], capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]  # one of the processes speaks
+    assert json.loads(line)["finished"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchrun", "ddp", "fsdp2"])
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_the_documented_launchers(settings: Make, tmp_path: Path, root: Path, name: str, trainable: str) -> None:
+    """Also FSDP 2, with weights, moments and averages in shards: run, and gone on with by one process."""
+    accelerate = ["accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--main_process_port"]
+    command = {
+        "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master-port", str(free_port())],
+        "ddp": [*accelerate, str(free_port()), "--config_file", str(root / "configs" / "accelerate" / "ddp.yaml")],
+        "fsdp2": [*accelerate, str(free_port()), "--config_file", str(root / "configs" / "accelerate" / "fsdp2.yaml")],
+    }[name]
+    more = (f"trainable.kind={trainable}", "train.learning_rate=1e-5")
+    both = spread(settings, tmp_path / "both", 2, *more)
+    launched([sys.executable, "-m", *command], both, tmp_path)
+    runs.align(spread(settings, tmp_path / "one", 1, *more), progress=False)
+    for kind, least in (("parameter", 0.0), ("ema", 0.0), ("optimizer/exp_avg/", 1e-6)):
+        one, other = (load_file(states(tmp_path / each / "state")[-1] / "state.safetensors") for each in ("one", "both"))
+        assert one.keys() == other.keys()
+        part = [tensor for tensor in one if tensor.startswith(kind)]
+        assert max(one[tensor].abs().max() for tensor in part) > least
+        # AdamW makes full steps of gradients that are rounding errors, so a few weights may go elsewhere.
+        apart = torch.cat([(one[tensor] - other[tensor]).abs().flatten() for tensor in part])
+        assert (apart > 1e-6).float().mean() < 0.01, kind
+    for left, right in zip(metrics(tmp_path / "one", *SIGNS), metrics(tmp_path / "both", *SIGNS), strict=True):
+        assert right == pytest.approx(left, rel=1e-2, abs=1e-3)
+    longer = spread(settings, tmp_path / "both", 1, *more, "train.steps=8")
+    assert runs.align(longer, resume=True, progress=False)["finished"] is True
