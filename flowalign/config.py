@@ -45,7 +45,7 @@ class Data(Section):
     """The comparisons to learn from."""
 
     train: str
-    """a file, a folder or a hub id of comparisons"""
+    """a file, a folder, an address such as s3://… or a hub id of comparisons"""
     validation: str | None = None
     """comparisons to validate on; null holds some prompts of `train` out"""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05

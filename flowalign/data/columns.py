@@ -7,12 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flowalign.data.records import CellImage, FileImage, ImageRef, InlineImage
+from flowalign.data.remote import Place, beside
 from flowalign.data.rows import Rows
 from flowalign.data.tables import ParquetRows
 from flowalign.errors import DataError, allowed
@@ -25,12 +25,12 @@ OPTIONAL = ("weight", "margin", "preference", "num_chosen", "scores", "grades", 
 class Pictures:
     """Turns what a cell holds into an ImageRef; remembers the Parquet files that references point into."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
-        self._files: dict[Path, ParquetRows] = {}
+        self._files: dict[Place, ParquetRows] = {}
 
     def ref(self, value: Any, name: str) -> ImageRef:
-        """`value`: ImageRef, bytes, `{bytes, path}`, a path relative to the folder, or `FILE.parquet#ROW[:COLUMN]`."""
+        """`value`: ImageRef, bytes, `{bytes, path}`, an address, a path from the folder, or `FILE.parquet#ROW[:COLUMN]`."""
         if isinstance(value, ImageRef):
             return value
         if isinstance(value, Mapping):
@@ -39,15 +39,13 @@ class Pictures:
             return InlineImage(name, value)
         if not isinstance(value, str) or not value:
             raise DataError(f"a picture is {value!r}; it must be a path, picture bytes or FILE.parquet#ROW")
-        if re.match(r"https?://", value):
-            raise DataError(f"the picture {value!r} is an address; download the pictures first and name the files")
         if match := CELL.fullmatch(value):
-            path = self.folder / match["file"]
+            path = beside(self.folder, match["file"])
             if path not in self._files:
                 self._files[path] = ParquetRows([path])
             column = match["column"] or "image"
             return CellImage(value, table=self._files[path], row=int(match["row"]), column=column, beside=True)
-        return FileImage(value, self.folder / value)
+        return FileImage(value, beside(self.folder, value))
 
 
 @dataclass(frozen=True)

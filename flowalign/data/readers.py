@@ -13,6 +13,7 @@ import numpy as np
 
 from flowalign.data.columns import Convention, Pictures, Row, detect
 from flowalign.data.records import Comparison, key63
+from flowalign.data.remote import Place, at
 from flowalign.data.rows import JsonRows, Rows, TarRows
 from flowalign.data.tables import DatasetRows, ParquetRows
 from flowalign.errors import DataError, allowed
@@ -77,7 +78,8 @@ def open_comparisons(
     """Open preferences without reading them.
 
     source: a folder with metadata.jsonl, a JSON-lines or JSON file, a Parquet file or folder of shards, WebDataset tar
-        files, or a data set that `datasets` can load (a folder or a hub id).
+        files, the address of one of these (s3://, https://, ...), or a data set that `datasets` can load (a folder or a
+        hub id).
     format: one of FORMATS; "auto" looks at the source.
     columns: known column name -> the source's name for it, for example {"prompt": "text", "chosen": "win"}.
     split: for `datasets`, and for shards that carry split names.
@@ -97,7 +99,7 @@ def open_comparisons(
     if not len(rows):
         raise DataError(f"{str(source)!r} holds no rows; it needs at least one comparison")
     convention = detect(rows.columns, columns or {}, str(source))
-    pictures = Pictures(Path(image_folder) if image_folder else rows.folder)
+    pictures = Pictures(at(image_folder) if image_folder else rows.folder)
     index = convention.index(rows) if convention.index else None
     if index is not None and not len(index):
         raise DataError(
@@ -180,7 +182,7 @@ def _is_tie(comparisons: Comparisons, place: int) -> bool:
 
 
 def _format_of(source: str) -> str:
-    path = Path(source)
+    path = at(source)
     if path.is_dir():
         if (path / "metadata.jsonl").exists():
             return "folder"
@@ -201,7 +203,7 @@ def _format_of(source: str) -> str:
 
 
 def _open_rows(source: str, form: str, split: str) -> Rows:
-    path = Path(source)
+    path = at(source)
     match form:
         case "folder":
             return JsonRows(path / "metadata.jsonl")
@@ -214,7 +216,7 @@ def _open_rows(source: str, form: str, split: str) -> Rows:
     return DatasetRows(source, split)
 
 
-def _shards(path: Path, ending: str, split: str) -> list[Path]:
+def _shards(path: Place, ending: str, split: str) -> list[Place]:
     if not path.is_dir():
         return [path]
     shards = sorted(path.rglob(f"*.{ending}"))

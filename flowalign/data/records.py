@@ -7,9 +7,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
+from flowalign.data.remote import Place, Remote
 from flowalign.errors import DataError
 
 TIE = 0.5
@@ -44,9 +44,9 @@ class InlineImage(ImageRef):
 
 @dataclass(frozen=True)
 class FileImage(ImageRef):
-    """A picture file."""
+    """A picture file, here or at an address."""
 
-    path: Path
+    path: Place
 
     @property
     def in_row(self) -> bool:
@@ -63,15 +63,18 @@ class FileImage(ImageRef):
 class SpanImage(ImageRef):
     """A stretch of an uncompressed archive."""
 
-    path: Path
+    path: Place
     offset: int
     size: int
 
     def read(self) -> bytes:
         try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
+            if isinstance(self.path, Remote):
+                data = self.path.read_span(self.offset, self.size)
+            else:
+                with self.path.open("rb") as file:
+                    file.seek(self.offset)
+                    data = file.read(self.size)
         except OSError as error:
             raise DataError(
                 f"cannot read {str(self.path)!r} ({error.strerror}); check that the archive is still there"

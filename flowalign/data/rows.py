@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import mmap
 import re
 import tarfile
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from flowalign.data.records import SpanImage
+from flowalign.data.remote import Place, mapped
 from flowalign.errors import DataError
 
 PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"}
@@ -22,7 +21,7 @@ class Rows(ABC):
     """A source as numbered rows. Picture cells are ImageRefs, bytes, `{bytes, path}` or strings; all else plain values."""
 
     columns: tuple[str, ...]
-    folder: Path
+    folder: Place
     """What relative paths in the rows are relative to."""
 
     @abstractmethod
@@ -44,23 +43,23 @@ class JsonRows(Rows):
     Raises DataError for a file that is missing, empty or not JSON.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path, self.folder = path, path.parent
         self._starts, self._lines = array("q"), array("q")
-        with open_file(path) as file:
+        with open_file(path):
             if not path.stat().st_size:
                 raise DataError(f"{str(path)!r} is empty; it must hold one JSON object per line")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if self._bytes[:256].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-                self._index_array()
-            else:
-                offset = 0
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        self._starts.append(offset)
-                        self._lines.append(line)
-                    offset += len(text)
-                self._starts.append(offset)
+        self._bytes = mapped(path)
+        if self._bytes[:256].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            self._index_array()
+        else:
+            offset = 0
+            for line, text in enumerate(iter(self._bytes.readline, b""), 1):
+                if text.strip():
+                    self._starts.append(offset)
+                    self._lines.append(line)
+                offset += len(text)
+            self._starts.append(offset)
         columns: dict[str, None] = {}
         for number in range(min(len(self), 64)):
             try:
@@ -109,7 +108,7 @@ class TarRows(Rows):
     the keys of `0001.json` are columns as well. Raises DataError for archives that are damaged or compressed.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Place]) -> None:
         self.paths, self.folder = list(paths), paths[0].parent
         self._suffixes: list[str] = []
         self._offsets, self._sizes, self._kinds = array("q"), array("q"), array("i")  # per member
@@ -167,7 +166,7 @@ class TarRows(Rows):
         return f"{self.paths[shard].name}:{number - self._shard_rows[shard]}"
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Place) -> Any:
     """The file, open for reading bytes. Raises DataError."""
     try:
         return path.open("rb")
@@ -175,9 +174,9 @@ def open_file(path: Path) -> Any:
         raise DataError(f"cannot read {str(path)!r} ({error.strerror}); check the path") from None
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _members(path: Place) -> Iterator[tuple[str, int, int]]:
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would otherwise keep an object for every member
                 if member.isfile():

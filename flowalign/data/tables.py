@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowalign.data.records import CellImage, FileImage
+from flowalign.data.remote import Place, beside
 from flowalign.data.rows import Rows, open_file
 from flowalign.errors import DataError
 
@@ -28,16 +29,17 @@ class ParquetRows(Rows):
     What is read at a time is one row group of one column. Raises DataError for files that are not Parquet.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Place]) -> None:
         self.paths, self.folder = list(paths), paths[0].parent
         groups: list[tuple[int, int]] = []
         sizes: list[int] = []
         schemas: list[pa.Schema] = []
         for shard, path in enumerate(self.paths):
-            with open_file(path):
+            with open_file(path) as opened:
                 try:
-                    metadata = pq.read_metadata(path)
-                    schemas += [] if shard else [pq.read_schema(path)]
+                    with pq.ParquetFile(path if isinstance(path, Path) else opened) as file:
+                        metadata = file.metadata
+                        schemas += [] if shard else [file.schema_arrow]
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
                         f"{str(path)!r} is not a Parquet file ({_first_line(error)}); fetch or write it again"
@@ -93,11 +95,12 @@ class ParquetRows(Rows):
         with self._lock:  # also keeps several threads from reading the same row group at once
             if (group, columns) not in self._tables:
                 shard, place = self._groups[group]
+                path = self.paths[shard]
                 try:
-                    with pq.ParquetFile(self.paths[shard]) as file:
+                    with pq.ParquetFile(path if isinstance(path, Path) else path.open("rb")) as file:
                         table = file.read_row_group(place, columns=list(columns), use_threads=False)
                 except (pa.ArrowException, OSError, KeyError) as error:
-                    raise DataError(f"cannot read {str(self.paths[shard])!r} ({_first_line(error)}); fetch it again") from None
+                    raise DataError(f"cannot read {str(path)!r} ({_first_line(error)}); fetch it again") from None
                 self._tables[group, columns] = table
                 while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > TABLE_BYTES:
                     self._tables.popitem(last=False)
@@ -155,15 +158,15 @@ class DatasetRows(Rows):
         return f"{self.name}:{number}"
 
 
-def payload(value: Any, folder: Path) -> bytes:
-    """A picture cell's bytes: bytes, `{bytes, path}` or a path relative to `folder`. Raises DataError."""
+def payload(value: Any, folder: Place) -> bytes:
+    """A picture cell's bytes: bytes, `{bytes, path}`, an address or a path relative to `folder`. Raises DataError."""
     path = value
     if isinstance(value, Mapping):
         value, path = value.get("bytes"), value.get("path")
     if isinstance(value, bytes) and value:
         return value
     if isinstance(path, str) and path:
-        return FileImage(path, folder / path).read()
+        return FileImage(path, beside(folder, path)).read()
     raise DataError(f"a picture cell holds {type(value).__name__} instead of picture bytes or a path; repair or remove the row")
 
 

@@ -107,7 +107,6 @@ BAD = [
     (PICK | {"label_0": 1.0, "label_1": 0.0, "has_label": False}, "has no label"),
     (PICK | {"label_0": 1.0, "label_1": 0.0, "caption": " "}, "prompt"),
     (PICK | {"label_0": 1.0, "label_1": 0.0, "caption": None}, "prompt is missing"),
-    (PICK | {"label_0": 1.0, "label_1": 0.0, "jpg_1": "https://example.org/a.png"}, "is an address"),
     (PICK | {"label_0": 1.0, "label_1": 0.0, "jpg_1": 5}, "a picture is 5"),
     ('{"caption": "cut', "not valid JSON"),
     ("[1, 2]", "must be a JSON object"),
