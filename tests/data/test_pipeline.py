@@ -8,12 +8,17 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +28,7 @@ from flowalign.data.audit import audit
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cache import LatentCache, clear, usage
 from flowalign.data.fill import Cached, fill
+from flowalign.data.forecast import amount
 from flowalign.data.images import decode, fit
 from flowalign.data.pairs import PairDataset, PairStream, sequential
 from flowalign.data.readers import open_comparisons
@@ -221,6 +227,72 @@ def test_a_process_killed_while_writing_harms_nobody(tmp_path: Path, root: Path,
     assert len(list(sequential(dataset, 7))) == 1
     clear(cache.folder)
     assert not leftover.exists()
+
+
+class Together:
+    """One of several processes, played by a thread: all meet at a barrier and tell each other what they have."""
+
+    def __init__(self, index: int, barrier: threading.Barrier, told: list[Any]) -> None:
+        self.count, self.index, self._barrier, self._told = barrier.parties, index, barrier, told
+
+    def gather(self, value: Any) -> list[Any]:
+        self._told[self.index] = value
+        self._barrier.wait(20)
+        out = list(self._told)
+        self._barrier.wait(20)
+        return out
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.gather(tensor)).sum(0, dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize("form", ["files", "parquet"])
+def test_processes_share_a_fill_and_encode_every_picture_once(tmp_path: Path, votes: Path, form: str) -> None:
+    """One picture cannot be read, and only one of the processes knows; in Parquet, pictures go by blocks of rows."""
+    (tmp_path / "2.png").write_bytes(picture(9)[:200])
+    source = votes
+    if form == "parquet":
+        rows = [json.loads(line) for line in votes.read_text().splitlines()] * 40
+        columns = {side: [(tmp_path / row[side]).read_bytes() for row in rows] for side in ("chosen", "rejected")}
+        source = tmp_path / "votes.parquet"
+        pq.write_table(pa.table({"prompt": [row["prompt"] for row in rows], **columns}), source)
+    alone = LatentCache(tmp_path / "alone", "vae", "text", resolution=SIDE)
+    expected = filled(alone, source, TinyEncoder())
+    shared = LatentCache(tmp_path / "shared", "vae", "text", resolution=SIDE)
+    families, barrier, told = [TinyEncoder() for _ in range(3)], threading.Barrier(3), [None] * 3
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda i: filled(shared, source, families[i], ranks=Together(i, barrier, told)), range(3)))
+    for each in found:
+        for field in dataclasses.fields(Cached):
+            np.testing.assert_array_equal(getattr(each, field.name), getattr(expected, field.name))
+    assert expected.bad
+    extra = entries(shared.folder).keys() - entries(alone.folder).keys()
+    assert entries(alone.folder).keys() <= entries(shared.folder).keys()
+    assert len(extra) <= 1  # the prompt of the unusable rows, where another process has it
+    assert sum(family.prompts for family in families) == 3 + len(extra)
+    if form == "files":
+        assert sum(family.images for family in families) == 5
+    assert sum(family.images > 0 for family in families) >= 2  # the work is shared
+
+
+def test_the_room_a_cache_takes_is_said_first_and_must_be_there(
+    cache: LatentCache, votes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four pictures and two prompts in, what the rest of the rows names is counted at the size of the first entry."""
+    filled(cache, votes, batch_size=2, flips=(False, True), progress=True)
+    said = capsys.readouterr().err
+    size = next(iter(cache.folder.glob("images-*/??/*.safetensors"))).stat().st_size
+    assert f"caching 12 more pictures takes about {amount(12 * size)}; {str(cache.folder)!r} has " in said
+    assert "more prompts takes about" in said
+    clear(cache.folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=12 * size - 1))
+    with pytest.raises(DataError, match=r"pictures takes about .* left; free some, .* data\.cache, .* data\.limit"):
+        filled(cache, votes, batch_size=2, flips=(False, True))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**9))
+    assert len(filled(cache, votes, batch_size=2, flips=(False, True))) == 7
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert len(filled(cache, votes, batch_size=2, flips=(False, True))) == 7  # nothing is left to write
+    assert (amount(0), amount(1023), amount(3 * 2**29)) == ("0 bytes", "1023 bytes", "1.5 GiB")
 
 
 def test_bad_pictures_are_skipped_and_named(tmp_path: Path, cache: LatentCache, votes: Path) -> None:
