@@ -10,8 +10,9 @@ from flowalign.config import Config
 from flowalign.data.audit import audit
 from flowalign.data.cache import LatentCache
 from flowalign.data.fill import Cached, fill
+from flowalign.data.index import index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
-from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, write_bad_rows
+from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows
 from flowalign.errors import DataError
 from flowalign.families.base import Family
 from flowalign.train.ranks import Ranks
@@ -41,42 +42,56 @@ def load_data(
         resolution=resolution,
         checkpoint=config.model.checkpoint,
     )
-    train = open_(data.train, data.limit)
-    if data.validation is not None:
-        held, train_places, held_places = open_(data.validation, None), range(len(train)), None
+    index = _index(config, cache)
+    known = read_index(index, cache) if index else None
+    if known is not None:
+        parts, counts = known
     else:
-        train_places, held_places = split_by_prompt(train, data.held_out, config.train.seed)
-        held = train
+        train = open_(data.train, data.limit)
+        if data.validation is not None:
+            held, train_places = open_(data.validation, None), range(len(train))
+            held_places: Any = range(len(held))
+        else:
+            held, (train_places, held_places) = train, split_by_prompt(train, data.held_out, config.train.seed)
 
-    def cached(source: Comparisons, places: Any, flips: tuple[bool, ...]) -> Cached:
-        return fill(
-            cache,
-            source,
-            places,
-            family,
-            flips=flips,
-            on_bad_row=data.on_bad_row,
-            ranks=ranks,
-            progress=progress and ranks.main,
-        )
+        def cached(source: Comparisons, places: Any, flips: tuple[bool, ...]) -> Cached:
+            show = progress and ranks.main
+            bad = data.on_bad_row
+            return fill(cache, source, places, family, flips=flips, on_bad_row=bad, ranks=ranks, progress=show)
 
-    train_cached = cached(train, train_places, (False, True) if data.flip else (False,))
-    places = range(len(held)) if held_places is None else held_places
-    held_cached = cached(held, places, (False,)) if len(places) else None
+        parts = {"train": cached(train, train_places, (False, True) if data.flip else (False,))}
+        if len(held_places):
+            parts["held_out"] = cached(held, held_places, (False,))
+        sources = {"train": train, "held_out": held}
+        counts = {name: audit(sources[name], part.indices) for name, part in parts.items()}
+        if index and ranks.main and all(part.inside for part in parts.values()):
+            write_index(index, parts, counts)
     family.release_encoders()
-    if held_cached is not None and held_cached.num_chosen != train_cached.num_chosen:
+    chosen = [part.num_chosen for part in parts.values()]
+    if chosen[0] != chosen[-1]:
         raise DataError(
-            f"data.validation has {held_cached.num_chosen} chosen pictures a comparison and data.train "
-            f"{train_cached.num_chosen}; validate on comparisons of the same kind."
+            f"data.validation has {chosen[-1]} chosen pictures a comparison and data.train {chosen[0]}; validate on "
+            "comparisons of the same kind."
         )
-    bad = [*train_cached.bad, *(held_cached.bad if held_cached else ())]
+    bad = [row for part in parts.values() for row in part.bad]
     if ranks.main:
         write_bad_rows(folder / "bad_rows.jsonl", bad)
     summary = {
-        "train": audit(train, train_cached.indices),
-        "held_out": audit(held, held_cached.indices) if held_cached else None,
+        "train": counts["train"],
+        "held_out": counts.get("held_out"),
         "bad_rows": len(bad),
         "resolution": resolution,
         "sources": {"train": data.train, "validation": data.validation or f"{data.held_out:.0%} of the prompts of train"},
     }
-    return PairDataset(cache, train_cached), PairDataset(cache, held_cached) if held_cached else None, summary
+    sets = {name: PairDataset(cache, part) for name, part in parts.items()}
+    return sets["train"], sets.get("held_out"), summary
+
+
+def _index(config: Config, cache: LatentCache) -> Path | None:
+    """Where what is found out about the sources is kept; None where their pictures may change without them."""
+    data = config.data
+    stamps = [stamp(source, format=data.format, split=data.split) for source in (data.train, data.validation) if source]
+    if None in stamps:
+        return None
+    passing = {"train", "validation", "cache", "workers"}  # what the stamps say, and what changes nothing
+    return index_path(cache, {"stamps": stamps, "seed": config.train.seed, **data.model_dump(mode="json", exclude=passing)})

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,6 +25,8 @@ from torch import Tensor
 from flowalign.errors import DataError, allowed
 from flowalign.files import atomic
 
+INDEX = "rows-{}.safetensors"
+"""Name of the index of a source, see `index.py`."""
 CUT = "centre-lanczos, with geometry"
 """Name of the rule in images.fit; another rule must have another name, because it makes other entries."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -64,6 +67,17 @@ class LatentCache:
     def prompt_path(self, prompt: str) -> Path:
         return _entry(self._prompts, prompt, *self._prompt_parts)
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What its entries depend on besides pictures and prompts."""
+        return (*self._image_parts, *self._prompt_parts)
+
+    def holds(self, pictures: np.ndarray, flips: Sequence[bool], prompts: Sequence[str]) -> bool:
+        """Whether all these pictures, `[..., 32]` uint8 sha256, in all these variants, and prompts have entries."""
+        unique, _ = distinct(pictures)
+        paths = (self.image_path(digest.tobytes(), flip) for digest in unique for flip in flips)
+        return all(path.exists() for path in paths) and all(self.prompt_path(prompt).exists() for prompt in ("", *prompts))
+
     def write_image(self, path: Path, mean: Tensor, std: Tensor, geometry: Sequence[int]) -> None:
         """Latents `[C, h, w]` and `images.geometry`.
 
@@ -84,6 +98,13 @@ class LatentCache:
     def read_prompt(self, path: Path) -> dict[str, Tensor]:
         """Conditioning of one prompt, unbatched. Raises DataError if the entry is missing or damaged."""
         return _read(path)
+
+
+def distinct(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures `[..., 32]` uint8 -> the distinct ones `[m, 32]`, and for each which of them it is, `[...]` int64."""
+    words = np.ascontiguousarray(pictures).reshape(-1, 32).view([(name, "u8") for name in "abcd"]).reshape(-1)
+    unique, place = np.unique(words, return_inverse=True)
+    return unique.view(np.uint8).reshape(-1, 32), place.reshape(pictures.shape[:-1])
 
 
 def usage(folder: str | Path) -> dict[str, Any]:
@@ -114,6 +135,9 @@ def clear(folder: str | Path, fingerprint: str | None = None) -> int:
         for inner in [*store.iterdir(), store]:
             if inner.is_dir() and not any(inner.iterdir()):
                 inner.rmdir()
+    for path in Path(folder).glob(INDEX.format("*")):
+        freed += path.stat().st_size
+        path.unlink()
     return freed
 
 

@@ -60,6 +60,8 @@ class Cached:
     """Which variants of each picture are cached: upright (False), mirrored (True)."""
     bad: tuple[BadRow, ...]
     """Rows that were asked for and cannot be used."""
+    inside: bool
+    """Whether every picture lies in the row that names it, so that it cannot change without the source's own files."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -159,6 +161,7 @@ def fill(
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
     rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
     shape: tuple[int, int] | None = None
+    inside = True
 
     if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
         texts.add(path, "")
@@ -171,6 +174,7 @@ def fill(
                 reasons[step] = str(ready)
                 continue
             comparison = ready.comparison
+            inside = inside and all(image.in_row for image in comparison.images)
             if shape is None:
                 shape = len(comparison.images), comparison.num_chosen
                 digests = np.zeros((len(indices), shape[0], 32), np.uint8)
@@ -208,6 +212,7 @@ def fill(
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
+        inside=inside,
     )
 
 

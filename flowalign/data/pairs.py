@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flowalign.data.batch import Batch, Conditioning
-from flowalign.data.cache import LatentCache
+from flowalign.data.cache import LatentCache, distinct
 from flowalign.data.fill import Cached
 from flowalign.errors import ConfigError
 from flowalign.rng import Keyed
@@ -43,10 +42,9 @@ class PairDataset(Dataset[Batch]):
 
     def __init__(self, cache: LatentCache, cached: Cached, *, memory: int = MEMORY, progress: bool = False) -> None:
         self.cached, self._cache = cached, cache
-        count, slots = cached.pictures.shape[:2]
-        unique, place = np.unique(cached.pictures.reshape(count * slots, 32), axis=0, return_inverse=True)
+        unique, place = distinct(cached.pictures)
         self._digests = unique
-        self._picture = torch.from_numpy(place.reshape(count, slots))
+        self._picture = torch.from_numpy(place)
         self._prompts = (*cached.prompts, "")  # the last one is what caption dropout gives
         self._preference, self._weight = torch.from_numpy(cached.preference), torch.from_numpy(cached.weight)
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # mean, standard deviation, geometry

@@ -13,7 +13,7 @@ import numpy as np
 
 from flowalign.data.columns import Convention, Pictures, Row, detect
 from flowalign.data.records import Comparison, key63
-from flowalign.data.remote import Place, at
+from flowalign.data.remote import Place, Remote, at
 from flowalign.data.rows import JsonRows, Rows, TarRows
 from flowalign.data.tables import DatasetRows, ParquetRows
 from flowalign.errors import DataError, allowed
@@ -109,6 +109,22 @@ def open_comparisons(
     if tie_policy == "drop":
         out = out.select([place for place in range(len(out)) if not _is_tie(out, place)])
     return out.select(range(limit)) if limit is not None and limit < len(out) else out
+
+
+def stamp(source: str, *, format: str = "auto", split: str = "train") -> list[tuple[str, int, int]] | None:
+    """Path, size and time of change in ns of each file of a table or archive on this machine; None for other sources.
+
+    Raises DataError as `open_comparisons` does.
+    """
+    form = _format_of(source) if format == "auto" else format
+    if form not in ("parquet", "webdataset") or isinstance(at(source), Remote):
+        return None
+    paths = _shards(Path(source), {"parquet": "parquet", "webdataset": "tar"}[form], split)
+    try:
+        states = [(path, path.stat()) for path in map(Path, map(str, paths))]
+    except OSError as error:
+        raise DataError(f"cannot read {source!r} ({error.strerror}); check the path") from None
+    return [(str(path.resolve()), state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 @dataclass(frozen=True)
