@@ -14,6 +14,8 @@ from flowalign.data.records import SpanImage
 from flowalign.data.remote import Place, mapped
 from flowalign.errors import DataError
 
+BLOCK = 512
+"""Bytes of a tar header; files fill multiples of it."""
 PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"}
 
 
@@ -175,14 +177,33 @@ def open_file(path: Place) -> Any:
 
 
 def _members(path: Place) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each file. Plain headers, of which there may be millions, are read here; others by tarfile."""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would otherwise keep an object for every member
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-    except (tarfile.TarError, OSError) as error:
+        with path.open("rb") as file:
+            end = file.seek(0, 2)
+            file.seek(0)
+            while (plain := _plain(header := file.read(BLOCK))) is not None:
+                name, size = plain
+                yield name, file.tell(), size
+                if file.seek(-(-size // BLOCK) * BLOCK, 1) > end:
+                    raise tarfile.ReadError("unexpected end of data")
+            if not header.strip(b"\0") and end:
+                return
+            file.seek(-len(header), 1)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep an object for every member
+                    if member.isfile():
+                        yield member.name, member.offset_data, member.size
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} is not an uncompressed tar archive ({error}); unpack or fetch it again") from None
+
+
+def _plain(header: bytes) -> tuple[str, int] | None:
+    """Name and size of a regular file with nothing unusual about it, from its header; None for all else."""
+    if len(header) < BLOCK or header[257:262] != b"ustar" or header[156] not in b"0\0" or header[345] or header[124] > 55:
+        return None
+    return header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape"), int(header[124:135], 8)
 
 
 def _folder_column(name: str) -> str:

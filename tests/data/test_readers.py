@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from flowalign.data.readers import Comparisons, open_comparisons, scan, split_by_prompt, write_bad_rows
+from flowalign.data.rows import _members
 from flowalign.errors import DataError
 
 
@@ -288,6 +289,30 @@ def test_webdataset(tmp_path: Path) -> None:
     assert [each.prompt for each in comparisons] == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
     assert shades(comparisons, 5) == [12, 100]
     assert (comparisons[5].weight, comparisons[5].source) == (2.5, "00001.tar:2")
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("unusual", ["", "d/" * 40 + "long" * 20, "ü"])
+def test_archives_are_read_as_tarfile_reads_them(tmp_path: Path, form: int, unusual: str) -> None:
+    """Sizes around a block, folders, long names and other letters, in every format that tarfile writes."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, size in enumerate((0, 1, 511, 512, 513, 1024)):
+            if unusual and number == 4:
+                folder = tarfile.TarInfo("a folder")
+                folder.type = tarfile.DIRTYPE
+                tar.addfile(folder)
+            add(tar, f"{number}/{unusual}{size}.png" if number == 3 else f"{number}/{size}.png", b"x" * size)
+    with tarfile.open(path) as tar:
+        expected = [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+    assert list(_members(path)) == expected
+    assert len(expected) == 6
+    bare = path.read_bytes()[: expected[-1][1] + 1024]  # without the blocks of zeros at the end
+    path.write_bytes(bare)
+    assert list(_members(path)) == expected
+    path.write_bytes(bare[:-600])
+    with pytest.raises(DataError, match="unexpected end of data"):
+        list(_members(path))
 
 
 def test_webdataset_with_pick_a_pic_names_and_text(tmp_path: Path) -> None:
