@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.config import parse
 from flowalign.data.audit import audit
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cache import LatentCache, clear, usage
@@ -33,6 +34,8 @@ from flowalign.data.images import decode, fit
 from flowalign.data.pairs import PairDataset, PairStream, sequential
 from flowalign.data.readers import open_comparisons
 from flowalign.errors import ConfigError, DataError, NonFiniteError
+from flowalign.sources import load_data
+from flowalign.train.ranks import Ranks
 
 SIDE = 16
 
@@ -506,3 +509,78 @@ def test_the_bundled_comparisons_have_no_surprises(emoji: Path) -> None:
     counts = audit(open_comparisons(emoji / "preferences" / "fluent_over_noto-held_out.jsonl"))
     assert counts["pictures"] == 2 * counts["comparisons"] > 0
     assert not any(counts[name] for name in ("bad_rows", "ties", "pictures_in_both_roles", "same_picture", "contradictions"))
+
+
+class Named(TinyEncoder):
+    """An encoder as `load_data` wants it."""
+
+    resolution = SIDE
+
+    def fingerprint(self, part: str) -> str:
+        return f"named {part}"
+
+    def release_encoders(self) -> None: ...
+
+
+def loaded(
+    source: Path, folder: Path, family: Named, *overrides: str
+) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
+    tree = {"model": {"checkpoint": "none"}, "data": {"train": str(source), "held_out": 0.3} | {"cache": str(folder / "cache")}}
+    ranks = Ranks(SimpleNamespace(num_processes=1, process_index=0), 60.0)  # type: ignore[arg-type]
+    return load_data(parse(tree, "test", overrides), family, folder, False, ranks)  # type: ignore[arg-type]
+
+
+def test_a_second_start_reads_no_row_of_a_table(tmp_path: Path, votes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    rows.append(rows[0] | {"prompt": ""})
+    columns = {side: [(tmp_path / row[side]).read_bytes() for row in rows] for side in ("chosen", "rejected")}
+    table = tmp_path / "votes.parquet"
+    pq.write_table(pa.table({"prompt": [row["prompt"] for row in rows], **columns}), table)
+    family = Named()
+    first = loaded(table, tmp_path, family)
+    asked = family.images, family.prompts
+    with monkeypatch.context() as patch:
+        patch.setattr("flowalign.sources.open_comparisons", lambda *_, **__: pytest.fail("opened"))
+        second = loaded(table, tmp_path, family)
+    assert (family.images, family.prompts) == asked
+    assert json.loads(json.dumps(first[2])) == json.loads(json.dumps(second[2]))
+    assert first[2]["bad_rows"] == 1
+    for one, other in zip(first[:2], second[:2], strict=True):
+        assert one is not None and other is not None  # noqa: PT018
+        for left, right in zip(sequential(one, 3), sequential(other, 3), strict=True):
+            assert_same(left, right)
+        for field in dataclasses.fields(Cached):
+            np.testing.assert_array_equal(getattr(one.cached, field.name), getattr(other.cached, field.name))
+    # Whatever the index depends on: settings, the encoders' entries, the file.
+    opened: list[str] = []
+    read = open_comparisons
+    monkeypatch.setattr(
+        "flowalign.sources.open_comparisons", lambda source, **more: opened.append(source) or read(source, **more)
+    )
+    loaded(table, tmp_path, family, "train.seed=1")
+    loaded(table, tmp_path, family, "data.tie_policy=drop")
+    assert len(opened) == 2
+    next(iter((tmp_path / "cache").glob("images-*/??/*.safetensors"))).unlink()
+    loaded(table, tmp_path, family)
+    assert len(opened) == 3
+    assert family.images == asked[0] + 1
+    loaded(table, tmp_path, family)
+    assert len(opened) == 3
+    pq.write_table(pa.table({"prompt": ["z"] * 2, "chosen": [picture(7)] * 2, "rejected": [picture(8)] * 2}), table)
+    assert len(loaded(table, tmp_path, family)[0]) == 2
+    assert len(opened) == 4
+    clear(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_pictures_that_lie_beside_a_source_are_read_at_every_start(tmp_path: Path, votes: Path) -> None:
+    """Another picture under the same name is another picture."""
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    table = tmp_path / "paths.parquet"
+    pq.write_table(pa.table({name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}), table)
+    for source in (votes, table):
+        family = Named()
+        before = loaded(source, tmp_path / source.stem, family)[0]
+        (tmp_path / "5.png").write_bytes(picture(100 + len(source.stem)))
+        after = loaded(source, tmp_path / source.stem, family)[0]
+        assert not np.array_equal(before.cached.pictures, after.cached.pictures)
