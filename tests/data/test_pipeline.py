@@ -525,7 +525,8 @@ class Named(TinyEncoder):
 def loaded(
     source: Path, folder: Path, family: Named, *overrides: str
 ) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
-    tree = {"model": {"checkpoint": "none"}, "data": {"train": str(source), "held_out": 0.3} | {"cache": str(folder / "cache")}}
+    data = {"train": str(source), "held_out": 0.3, "cache": str(folder / "cache")}
+    tree = {"model": {"checkpoint": "none"}, "data": data}
     ranks = Ranks(SimpleNamespace(num_processes=1, process_index=0), 60.0)  # type: ignore[arg-type]
     return load_data(parse(tree, "test", overrides), family, folder, False, ranks)  # type: ignore[arg-type]
 
@@ -546,7 +547,6 @@ def test_a_second_start_reads_no_row_of_a_table(tmp_path: Path, votes: Path, mon
     assert json.loads(json.dumps(first[2])) == json.loads(json.dumps(second[2]))
     assert first[2]["bad_rows"] == 1
     for one, other in zip(first[:2], second[:2], strict=True):
-        assert one is not None and other is not None  # noqa: PT018
         for left, right in zip(sequential(one, 3), sequential(other, 3), strict=True):
             assert_same(left, right)
         for field in dataclasses.fields(Cached):
@@ -554,9 +554,12 @@ def test_a_second_start_reads_no_row_of_a_table(tmp_path: Path, votes: Path, mon
     # Whatever the index depends on: settings, the encoders' entries, the file.
     opened: list[str] = []
     read = open_comparisons
-    monkeypatch.setattr(
-        "flowalign.sources.open_comparisons", lambda source, **more: opened.append(source) or read(source, **more)
-    )
+
+    def counted(source: str, **more: Any) -> Any:
+        opened.append(source)
+        return read(source, **more)
+
+    monkeypatch.setattr("flowalign.sources.open_comparisons", counted)
     loaded(table, tmp_path, family, "train.seed=1")
     loaded(table, tmp_path, family, "data.tie_policy=drop")
     assert len(opened) == 2
@@ -578,9 +581,10 @@ def test_pictures_that_lie_beside_a_source_are_read_at_every_start(tmp_path: Pat
     rows = [json.loads(line) for line in votes.read_text().splitlines()]
     table = tmp_path / "paths.parquet"
     pq.write_table(pa.table({name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")}), table)
-    for source in (votes, table):
+    for number, source in enumerate((votes, table), 1):
         family = Named()
         before = loaded(source, tmp_path / source.stem, family)[0]
-        (tmp_path / "5.png").write_bytes(picture(100 + len(source.stem)))
+        for seed in range(6):
+            (tmp_path / f"{seed}.png").write_bytes(picture(100 * number + seed))
         after = loaded(source, tmp_path / source.stem, family)[0]
         assert not np.array_equal(before.cached.pictures, after.cached.pictures)
