@@ -101,10 +101,17 @@ class LatentCache:
 
 
 def distinct(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures `[..., 32]` uint8 -> the distinct ones `[m, 32]`, and for each which of them it is, `[...]` int64."""
-    words = np.ascontiguousarray(pictures).reshape(-1, 32).view([(name, "u8") for name in "abcd"]).reshape(-1)
-    unique, place = np.unique(words, return_inverse=True)
-    return unique.view(np.uint8).reshape(-1, 32), place.reshape(pictures.shape[:-1])
+    """Pictures `[..., 32]` uint8 -> the distinct ones `[m, 32]`, and for each which of them it is, `[...]` int64.
+
+    Sorted by their first 8 bytes, which takes a tenth of the time; two pictures that share them might be listed twice.
+    """
+    rows = np.ascontiguousarray(pictures).reshape(-1, 32)
+    order = np.argsort(rows[:, :8].copy().view("u8")[:, 0], kind="stable")
+    new = np.ones(len(rows), dtype=bool)
+    new[1:] = (rows[order[1:]] != rows[order[:-1]]).any(1)
+    place = np.empty(len(rows), dtype=np.int64)
+    place[order] = np.cumsum(new) - 1
+    return rows[order[new]], place.reshape(pictures.shape[:-1])
 
 
 def usage(folder: str | Path) -> dict[str, Any]:
