@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
@@ -58,28 +59,10 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         )
     accelerator = make_accelerator(config, run.path)
     try:
-        ready = prepare(config, accelerator, progress=progress)
-        importance = ready.step.importance
-        learned = importance.tensors() if importance is not None else {}
-        state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
-        # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
-        ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
-        if found:
-            load(found[-1], state, ready.about)
-        else:
-            ready.step.self_test(ready.first_batch(), Keyed(config.train.seed))
-            plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
-            few = islice(sequential(ready.train, 1), 8)
-            plain.gains(few, list(trained(ready.policy).values()), Keyed(config.train.seed))
-        if accelerator.is_main_process:  # only now: a resume that is refused leaves the folder as it was
-            write_text(run.config, configuration.dump(config))
-            run.write_environment(accelerator.device)
-            run.write_json("data.json", ready.data)
-            run.rewind(step_of(found[-1]) if found else -1)
-        with peers(ready.ranks.count):
-            finished, seconds = _train(config, ready, state, run, progress)
+        with peers(accelerator.num_processes):
+            finished, seconds = _run(config, accelerator, run, found, progress)
     except KeyboardInterrupt:
-        finished, seconds, state = False, 0.0, None
+        finished, seconds = False, 0.0
     result = {"run": str(run.path), "finished": finished, "seconds": time.perf_counter() - started}
     if not finished and not accelerator.is_main_process:
         return result | {"summary": None}
@@ -87,7 +70,6 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         saved = states(run.states)
         where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
         return result | {"summary": f"stopped; {where}. Continue with: flowalign align {run.path} --resume"}
-    _finish(config, ready, state, run, progress)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return result | {"summary": None}
@@ -103,6 +85,32 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in {run.weights}, "
         f"report in {run.path / 'report.html'}",
     }
+
+
+def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path], progress: bool) -> tuple[bool, float]:
+    """From the newest of the states found to the finished folder; whether it got there, and the seconds of training."""
+    ready = prepare(config, accelerator, progress=progress)
+    importance = ready.step.importance
+    learned = importance.tensors() if importance is not None else {}
+    state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
+    # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
+    ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
+    if found:
+        load(found[-1], state, ready.about)
+    else:
+        ready.step.self_test(ready.first_batch(), Keyed(config.train.seed))
+        plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
+        few = islice(sequential(ready.train, 1), 8)
+        plain.gains(few, list(trained(ready.policy).values()), Keyed(config.train.seed))
+    if accelerator.is_main_process:  # only now: a resume that is refused leaves the folder as it was
+        write_text(run.config, configuration.dump(config))
+        run.write_environment(accelerator.device)
+        run.write_json("data.json", ready.data)
+        run.rewind(step_of(found[-1]) if found else -1)
+    finished, seconds = _train(config, ready, state, run, progress)
+    if finished:
+        _finish(config, ready, state, run, progress)
+    return finished, seconds
 
 
 def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress: bool) -> tuple[bool, float]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowalign.errors import ConfigError, PeerError
 
-LOST = ("connection", "closed", "reset", "timed out", "timeout", "gloo", "nccl", "peer")
+LOST = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "gloo", "nccl")
 """Words of the messages with which torch.distributed reports a process that is gone or hangs."""
 
 

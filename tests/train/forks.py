@@ -1,7 +1,7 @@
 """Runs in processes that a test can kill. Not a test: `python forks.py kill|ranks ...`; imports are paid for once, runs fork.
 
 kill CONFIG KILLS SEED    align again and again, killed at random moments, then once to the end
-ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, unlike, apart and keep, see there
+ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, hung, unlike, apart and keep, see there
 """
 
 from __future__ import annotations
@@ -93,6 +93,16 @@ def lost(settings: config.Config, count: int, port: int) -> int:
     return ranks(settings, count, port, before)
 
 
+def hung(settings: config.Config, count: int, port: int) -> int:
+    """The last process stops answering after it has prepared everything, and ends only much later."""
+
+    def before(index: int) -> None:
+        if index == count - 1:
+            runs._train = lambda *_: time.sleep(30) or os._exit(0)  # type: ignore[func-returns-value]
+
+    return ranks(settings, count, port, before)
+
+
 def unlike(settings: config.Config, count: int, port: int) -> int:
     """The last process was given another learning rate."""
     other = settings.model_copy(update={"train": settings.train.model_copy(update={"learning_rate": 0.5})})
@@ -112,6 +122,6 @@ def keep(settings: config.Config, count: int, port: int) -> int:
 
 if __name__ == "__main__":
     names, path, first, second = sys.argv[1:]
-    commands = {"kill": kill, "ranks": ranks, "lost": lost, "unlike": unlike, "apart": apart, "keep": keep}
+    commands = {"kill": kill, "ranks": ranks, "lost": lost, "hung": hung, "unlike": unlike, "apart": apart, "keep": keep}
     for place, name in enumerate(names.split(",")):  # one after the other, in one process that has imported everything
         print(name, commands[name](config.load(path), int(first), int(second) + place), flush=True)

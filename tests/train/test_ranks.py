@@ -108,6 +108,13 @@ def launched(command: list[str], settings: Config, folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_process_that_hangs_is_given_up_after_the_timeout(settings: Make, tmp_path: Path) -> None:
+    codes, said = forks("hung", spread(settings, tmp_path / "run", 2, "train.timeout=3.0"), tmp_path, 2, free_port())
+    assert codes == {"hung": 1}
+    assert "PeerError: another process of this run ended or stopped answering" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchrun", "ddp", "fsdp2"])
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_the_documented_launchers(settings: Make, tmp_path: Path, root: Path, name: str, trainable: str) -> None:
