@@ -44,6 +44,8 @@ def load_data(
     )
     index = _index(config, cache)
     known = read_index(index, cache) if index else None
+    if ranks.any(known is None):
+        known = None  # all of them fill, or none does
     if known is not None:
         parts, counts = known
     else:
