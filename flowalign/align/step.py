@@ -105,7 +105,7 @@ class PreferenceStep:
                 self.importance.observe(self._ship(bins), squared_gradient(loss, terms))
             weight = self._ship(weight)
             loss = loss * weight
-            metrics = {name: value * weight / weight.mean() for name, value in metrics.items()}
+            metrics = {name: value * weight for name, value in metrics.items()}  # means as other samplers have them
         return loss, {"loss": loss.detach(), **metrics}
 
     @torch.no_grad()

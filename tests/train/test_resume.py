@@ -184,7 +184,7 @@ def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("timesteps", ["stratified", "importance"])
+@pytest.mark.parametrize("timesteps", ["stratified", pytest.param("importance", marks=pytest.mark.slow)])
 def test_eight_at_once_are_two_four_times(settings: Make, tmp_path: Path, timesteps: str) -> None:
     common = ("train.steps=2", "train.learning_rate=1e-4", "train.caption_dropout=0.3", f"train.timesteps={timesteps}")
     shapes = {"whole": (8, 1), "accumulated": (2, 4)}
