@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowalign.data.batch import Batch
+from flowalign.data.forecast import amount
 from flowalign.errors import ConfigError, NonFiniteError
 from flowalign.files import atomic
 
@@ -105,10 +106,10 @@ def _announce(folder: Path, size: int, bar: tqdm) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ConfigError(
-            f"the reference bank needs {size / 2**20:.0f} MiB in {folder.parent}, where {free / 2**20:.0f} MiB are free; set "
-            "data.cache to a folder on a larger disk, or a smaller reference.bank."
+            f"the reference bank needs {amount(size)} in {folder.parent}, where {amount(free)} are free; set data.cache to a "
+            "folder on a larger disk, or a smaller reference.bank."
         )
-    bar.set_postfix_str(f"{size / 2**20:.1f} MiB to {folder.name}")
+    bar.set_postfix_str(f"{amount(size)} to {folder.name}")
 
 
 def _compute(
