@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from flowalign import yaml_text
 from flowalign.errors import ConfigError, allowed
@@ -18,6 +18,13 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] >= ends[1]:
+        raise ValueError("the first end must be below the second")
+    return ends
 
 
 class Section(BaseModel):
@@ -149,6 +156,8 @@ class Train(Section):
     """probability that a comparison trains with the empty prompt"""
     timesteps: Literal["auto", "uniform", "stratified", "antithetic", "logit_normal", "shifted", "importance"] = "auto"
     """how times are drawn, see docs/families.md; auto is the family's, importance learns where gradients are large"""
+    timestep_range: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = (0.0, 1.0)
+    """times to train at, 0 clean and 1 noise: layout and style are decided near 1, detail near 0"""
     log_every: Positive = 10
     """steps between two lines of metrics"""
     validate_every: Positive | None = None
@@ -318,7 +327,8 @@ def _locate(data: Any, loc: Sequence[int | str]) -> tuple[str, Any]:
 
 def _plain(message: str) -> str:
     """Pydantic's words in a sentence of ours, and in those of YAML instead of JSON."""
-    return (message[:1].lower() + message[1:]).replace("an object", "a section of keys").replace("a valid array", "a list")
+    plain = (message[:1].lower() + message[1:]).removeprefix("value error, ")
+    return plain.replace("an object", "a section of keys").replace("a valid array", "a list")
 
 
 def _show(value: Any) -> str:

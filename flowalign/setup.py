@@ -228,7 +228,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         "trainable": config.trainable.model_dump(mode="json"),
         "train": config.train.model_dump(
             mode="json",
-            include={"seed", "caption_dropout", "precision", "optimizer"},
+            include={"seed", "caption_dropout", "timestep_range", "precision", "optimizer"},
         )
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
@@ -250,6 +250,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         device=accelerator.device,
         autocast=forwards(accelerator.autocast, accelerator.device, kernels=own_kernels),
         memory_format=layout,
+        between=config.train.timestep_range,
         num_chosen=train.cached.num_chosen,
         importance=importance,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +26,7 @@ def validation(
     Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about.
     """
     draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
-    fixed = replace(step, timesteps="stratified", importance=None, bank=bank)
+    fixed = step.on_held_out(bank)
     sums: dict[str, torch.Tensor] = {}
     votes = torch.zeros((), device=accelerator.device)
     count = torch.zeros((), device=accelerator.device)

@@ -112,6 +112,8 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("train.caption_dropout=1.1", ["less than or equal to 1"]),
         ("train.adam_betas=[0.9, 1.0]", ["train.adam_betas.1 cannot be 1.0"]),
         ("train.adam_betas=[0.9]", ["train.adam_betas cannot be [0.9]", "missing"]),
+        ("train.timestep_range=[0.5, 0.2]", ["train.timestep_range cannot be [0.5, 0.2]: the first end must be below"]),
+        ("train.timestep_range=[0, 2]", ["train.timestep_range.1 cannot be 2", "less than or equal to 1"]),
         ("train.trackers=tensorboard", ["train.trackers cannot be 'tensorboard'", "list"]),
         ("data.held_out=0.6", ["less than or equal to 0.5"]),
         ("data.columns.prompt=3", ["data.columns.prompt cannot be 3", "quotes"]),

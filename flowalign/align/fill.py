@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,11 @@ def fill_banks(
             cached.prompt.tobytes(),
             "\0".join(cached.prompts).encode(),
         ]
-        key = shared | {"seed": seed, "draws": draws, "timesteps": fixed.timesteps, "resolution": data.resolution} | settings
+        key = (
+            shared
+            | {"seed": seed, "draws": draws, "timesteps": [fixed.timesteps, *fixed.between], "resolution": data.resolution}
+            | settings
+        )
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
         with accelerator.main_process_first():
             return fill_bank(
@@ -94,4 +97,4 @@ def fill_banks(
     def held(draw: int) -> Iterator[Batch]:
         return fixed_draws(held_out, cfg.batch_size, count, draw)
 
-    return bank, fill(held_out, replace(step, timesteps="stratified"), cfg.seed + 1, count, held, {})
+    return bank, fill(held_out, step.on_held_out(), cfg.seed + 1, count, held, {})

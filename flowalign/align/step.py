@@ -34,12 +34,18 @@ class PreferenceStep:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[None]]
     memory_format: torch.memory_format = torch.contiguous_format
+    between: tuple[float, float] = (0.0, 1.0)
+    """The times that are drawn, 0 clean and 1 noise: what the sampler gives is scaled into them."""
     num_chosen: int = 1
     """How many of a comparison's N pictures are chosen."""
     bank: ReferenceBank | None = None
     """The reference's errors, and predictions where they are needed, where draws are repeated."""
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
+
+    def on_held_out(self, bank: ReferenceBank | None = None) -> PreferenceStep:
+        """The step whose times are spread evenly over the whole schedule, however those of training are drawn."""
+        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws."""
@@ -171,7 +177,8 @@ class PreferenceStep:
         even = sampler.spread(rng, batch)
         if self.importance is not None:
             even, _, _ = self.importance.place(even)
-        return sampler.bend(even, batch, self.family)
+        low, high = self.between
+        return low + (high - low) * sampler.bend(even, batch, self.family)
 
     def _ship(self, tensor: Tensor) -> Tensor:
         """To the device without waiting for it."""

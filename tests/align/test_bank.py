@@ -95,6 +95,7 @@ def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
     bound = (
         "reference.bank=3",
         "train.seed=1",
+        "train.timestep_range=[0.0, 0.9]",
         "train.batch_size=3",
         "train.caption_dropout=0.3",
         "train.timesteps=uniform",

@@ -82,6 +82,18 @@ def test_logit_normal_times_are_sigmoids_of_normal_numbers(prepared: Make) -> No
     assert float(t.max()) < 1
 
 
+@pytest.mark.parametrize("timesteps", ["uniform", "stratified", "antithetic", "logit_normal", "importance"])
+def test_a_range_holds_all_training_times_and_no_validation_times(prepared: Make, timesteps: str) -> None:
+    ready = prepared(f"train.timesteps={timesteps}", "train.timestep_range=[0.5, 0.75]", "train.batch_size=12")
+    batches = list(islice(ready.batches(0), 4))
+    times = torch.cat([ready.step.noised(batch, Keyed(3))[2] for batch in batches])
+    assert 0.5 <= times.min() < 0.55
+    assert 0.7 < times.max() <= 0.75
+    everywhere = torch.cat([ready.step.on_held_out().noised(batch, Keyed(3))[2] for batch in batches])
+    assert everywhere.min() < 0.1
+    assert everywhere.max() > 0.9
+
+
 def test_auto_times_are_the_familys(prepared: Make) -> None:
     assert prepared().step.timesteps == prepared("train.timesteps=auto").step.timesteps == "stratified"
     assert prepared("train.timesteps=shifted").step.timesteps == "shifted"
