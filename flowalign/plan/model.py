@@ -14,10 +14,9 @@ from flowalign.align.step import PreferenceStep
 from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.families.base import Family
+from flowalign.families.outline import META
 from flowalign.setup import load_family, load_objective
 from flowalign.train.trainable import make_trainable
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)

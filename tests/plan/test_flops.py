@@ -12,8 +12,9 @@ import torch
 from benchmarks import flops
 from flowalign.align.terms import Terms, needs
 from flowalign.config import Config, parse
+from flowalign.families.outline import META
 from flowalign.plan.flops import Flops, count, counted
-from flowalign.plan.model import META, outline
+from flowalign.plan.model import outline
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared, load_family
 
