@@ -179,6 +179,11 @@ def load_objective(config: Config) -> tuple[Any, dict[str, Any]]:
     return objective, defaults | config.objective.knobs
 
 
+def choose_timesteps(config: Config, family: Family) -> str:
+    """The sampler of times: the family's own unless another is named. Importance sampling learns on top of the family's."""
+    return family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
+
+
 def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
     """What learns which times to draw, where that is asked for. Raises ConfigError."""
     if config.train.timesteps != "importance":
@@ -219,7 +224,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     objective, knobs = load_objective(config)
     family = load_family(config, accelerator.device)
     importance = choose_importance(config, accelerator)
-    timesteps = family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
+    timesteps = choose_timesteps(config, family)
     about: dict[str, object] = {
         "denoiser": family.fingerprint("denoiser"),
         "pairs_per_step": config.train.batch_size * config.train.accumulation * ranks.count,

@@ -21,6 +21,11 @@ from flowalign.families.sampling import PRECISIONS
 from flowalign.rng import Keyed
 
 
+def stored_for(needs: frozenset[str], precision: str) -> Stored:
+    """What a bank keeps for an objective with these needs: errors always, predictions only where it needs the drift."""
+    return Stored(PRECISIONS[precision] if "drift" in needs else None)
+
+
 def fill_banks(
     config: Config,
     accelerator: Accelerator,
@@ -33,8 +38,8 @@ def fill_banks(
 ) -> tuple[ReferenceBank, ReferenceBank | None]:
     """What the reference says at every draw of the train and of the held-out comparisons, from `folder` or computed.
 
-    Errors always, predictions only where the objective needs the drift. Mirroring and caption dropout are keyed by
-    comparison and draw, so that draws fix them too. Raises ConfigError for an objective without a reference.
+    Mirroring and caption dropout are keyed by comparison and draw, so that draws fix them too. Raises ConfigError for an
+    objective without a reference.
     """
     if not step.objective.needs & {"reference", "drift"}:
         raise ConfigError(
@@ -42,7 +47,7 @@ def fill_banks(
             "set reference.bank=null."
         )
     cfg, device = config.train, accelerator.device
-    stored = Stored(PRECISIONS[cfg.precision] if "drift" in step.objective.needs else None)
+    stored = stored_for(step.objective.needs, cfg.precision)
     shared = {
         "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
         "compute": [

@@ -112,10 +112,10 @@ def _by_heart(facts: Facts) -> Iterator[str]:
 
 def _idle_bank(facts: Facts) -> Iterator[str]:
     draws = facts.config.reference.bank
-    if draws and facts.needs != {"reference"}:
+    if draws and not facts.needs & {"reference", "drift"}:
         yield (
-            f"reference.bank {draws} stores the reference's errors, which is not all that objective.name "
-            f"{facts.config.objective.name} needs, and flowalign align refuses it: set reference.bank=null."
+            f"reference.bank {draws} stores what the reference says, but objective.name {facts.config.objective.name} needs no "
+            "reference, and flowalign align refuses it: set reference.bank=null."
         )
     elif draws and facts.epochs and draws >= facts.epochs:
         yield (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from flowalign.align.fill import stored_for
 from flowalign.config import Config
 from flowalign.data.audit import audit
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt
@@ -44,16 +45,17 @@ class Counted:
         picture = 2 * 4 * torch.Size(outline.latents).numel() + 6 * 4  # mean and log-variance, and where it was cut
         prompt = sum(tensor.nbytes for tensor in outline.family.outline_prompts(1).tensors.values())
         variants = 2 if config.data.flip else 1
-        errors = None
+        bank_bytes = None
         if self.train is not None and self.held_out is not None:
             draws = self.train * (bank or 0) + (self.held_out * config.train.validation_draws if bank else 0)
-            errors = 4 * self.per_comparison * draws
+            stored = stored_for(outline.step.objective.needs, config.train.precision)
+            bank_bytes = stored.size(draws, (self.per_comparison, *outline.latents))
         return {
             "per_picture": picture * variants,
             "per_prompt": prompt,
             "latents": None if self.pictures is None else self.pictures * variants * picture,
             "prompts": None if self.prompts is None else (self.prompts + 1) * prompt,  # and the empty one
-            "bank": errors,
+            "bank": bank_bytes,
         }
 
 

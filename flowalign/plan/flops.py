@@ -63,7 +63,7 @@ def count(outline: Outline) -> Flops:
     return Flops(
         policy_forward=counted(lambda: losses.append(outline.banked(batch, rng)[0])),
         policy_backward=counted(lambda: losses[0].mean().backward()),
-        reference=counted(lambda: outline.step.reference_errors(batch, rng)) if needed else 0,
+        reference=counted(lambda: outline.step.for_bank(batch, rng)) if needed else 0,
         images=counted(lambda: outline.family.encode_images(outline.pixels())),
         prompts=counted(lambda: outline.family.outline_prompts(1)),
     )

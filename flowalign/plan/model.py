@@ -15,7 +15,7 @@ from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.families.base import Family
 from flowalign.families.outline import META
-from flowalign.setup import load_family, load_objective
+from flowalign.setup import choose_timesteps, load_family, load_objective
 from flowalign.train.trainable import make_trainable
 
 
@@ -84,17 +84,18 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         reference=frozen,
         objective=objective,
         knobs=knobs,
-        timesteps=family.timesteps if config.train.timesteps == "auto" else config.train.timesteps,
+        timesteps=choose_timesteps(config, family),
         device=META,
         autocast=nullcontext,
         num_chosen=num_chosen,
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
+    bank = ReferenceBank(torch.zeros(1, pictures), (torch.zeros(1, pictures, *latents, device=META),))
     return Outline(
         family=family,
         policy=learns,
         step=step,
-        banked=replace(step, reference=None, bank=ReferenceBank(torch.zeros(1, pictures))),
+        banked=replace(step, reference=None, bank=bank),
         second=reference is not None and (not lora or config.reference.kind == "copy"),
         resolution=resolution,
         latents=tuple(latents),

@@ -75,7 +75,7 @@ def test_settings_that_do_not_are_named_with_what_to_do(overrides: tuple[str, ..
 
 
 def test_a_bank_that_align_refuses_is_said() -> None:
-    (sentence,) = dangers(replace(facts(*EMOJI, "reference.bank=1"), needs=frozenset({"reference", "drift"})))
+    (sentence,) = dangers(replace(facts(*EMOJI, "reference.bank=1"), needs=frozenset()))
     assert "flowalign align refuses it" in sentence
 
 
