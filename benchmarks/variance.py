@@ -3,7 +3,7 @@
     python benchmarks/variance.py [--config configs/emoji-dpo-lora.yaml] [--pairs 20] [--times 32] [--json FILE]
 
 Gradients of whole batches have such heavy tails that a few dozen of them say nothing (two seeds of the same sampler differed
-by a factor of 1.8). So the gradient of every one of some pairs, each with noise of its own, is taken at every time of a grid;
+by a factor of 1.76). So the gradient of every one of some pairs, each with noise of its own, is taken at every time of a grid;
 their inner products, after a random projection, give the variance that any way of drawing (pair, time) would have, and
 batches are then drawn by the thousand from the samplers themselves. A time is rounded to its cell of the grid.
 
