@@ -1,0 +1,43 @@
+"""The recipes beside the bundled models: what they train is what diffusers' pipelines run."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, emoji: Path) -> Any:
+    monkeypatch.syspath_prepend(str(emoji))
+    return importlib.import_module("pretrain_sd3")
+
+
+def test_one_zero_token_stands_for_all_that_the_pipeline_puts_in_t5s_place(recipe: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    transformer = recipe.make_transformer().eval()
+    with torch.no_grad():
+        for parameter in transformer.parameters():  # at their start some outputs are 0 whatever the attention
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    def velocity(zeros: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(1)
+        states = torch.randn(2, 32, recipe.TRANSFORMER["joint_attention_dim"], generator=draw)
+        with torch.no_grad():
+            return transformer(
+                hidden_states=torch.randn(2, 4, 16, 16, generator=draw),
+                timestep=torch.tensor([300.0, 700.0]),
+                encoder_hidden_states=torch.nn.functional.pad(states, (0, 0, 0, zeros)),
+                pooled_projections=torch.randn(2, recipe.TRANSFORMER["pooled_projection_dim"], generator=draw),
+                return_dict=False,
+            )[0]
+
+    whole, short = velocity(recipe.T5_TOKENS), velocity(1)
+    transformer.set_attn_processor(recipe.OneForAll())
+    torch.testing.assert_close(velocity(1), whole, rtol=1e-4, atol=1e-4 * float(whole.abs().mean()))
+    assert (short - whole).abs().mean() > 0.01 * whole.abs().mean()  # without the weight it would be another function
