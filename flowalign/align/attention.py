@@ -21,7 +21,7 @@ class FloatAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        dtype = args[0].dtype
+        dtype = (args[0] if args else kwargs["query"]).dtype
         if torch.is_autocast_enabled("cpu"):  # would round inputs of float32 as well
             dtype = torch.get_autocast_dtype("cpu")
         if dtype != torch.bfloat16:

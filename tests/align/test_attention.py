@@ -48,6 +48,13 @@ def test_autocast_rounds_its_output_and_not_what_is_inside() -> None:
     assert torch.equal(out, scaled_dot_product_attention(*tensors).bfloat16())
 
 
+def test_arguments_may_have_names() -> None:
+    query, key, value = inputs(torch.bfloat16)
+    with FloatAttention():
+        named = scaled_dot_product_attention(query=query, key=key, value=value, scale=0.3)
+        assert torch.equal(named, scaled_dot_product_attention(query, key, value, scale=0.3))
+
+
 def test_float32_and_other_functions_are_left_alone() -> None:
     tensors = inputs(torch.float32)
     with FloatAttention():
