@@ -184,6 +184,20 @@ def choose_timesteps(config: Config, family: Family) -> str:
     return family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
 
 
+def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
+    """Turn on gradients for what the configuration trains of `policy`. Raises ConfigError."""
+    wanted = config.trainable
+    make_trainable(
+        policy,
+        wanted.kind,
+        rank=wanted.rank,
+        alpha=wanted.alpha,
+        targets=wanted.targets or family.lora_targets,
+        seed=config.train.seed,
+        gradient_checkpointing=wanted.gradient_checkpointing,
+    )
+
+
 def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
     """What learns which times to draw, where that is asked for. Raises ConfigError."""
     if config.train.timesteps != "importance":
@@ -265,15 +279,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind == "lora"
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
-    make_trainable(
-        policy,
-        config.trainable.kind,
-        rank=config.trainable.rank,
-        alpha=config.trainable.alpha,
-        targets=config.trainable.targets or family.lora_targets,
-        seed=config.train.seed,
-        gradient_checkpointing=config.trainable.gradient_checkpointing,
-    )
+    choose_trainable(config, family, policy)
     policy.to(memory_format=layout)
     optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None

@@ -15,8 +15,7 @@ from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.families.base import Family
 from flowalign.families.outline import META
-from flowalign.setup import choose_timesteps, load_family, load_objective
-from flowalign.train.trainable import make_trainable
+from flowalign.setup import choose_timesteps, choose_trainable, load_family, load_objective
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     learns = policy
     if policy is frozen:  # all weights learn against a bank: count the reference that filled it on a module of its own
         learns, _ = with_reference(frozen, "copy", lora=False)
-    make_trainable(
-        learns,
-        config.trainable.kind,
-        rank=config.trainable.rank,
-        alpha=config.trainable.alpha,
-        targets=config.trainable.targets or family.lora_targets,
-        seed=config.train.seed,
-        gradient_checkpointing=config.trainable.gradient_checkpointing,
-    )
+    choose_trainable(config, family, learns)
     learns.train()
     resolution = config.data.resolution or family.resolution
     step = PreferenceStep(
