@@ -521,30 +521,32 @@ def sheet(checkpoint: Path, picture: Path, columns: int = 16, guidance: float = 
     canvas.save(picture)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("vae", "text", "unet", "export"))
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"))
-    parser.add_argument("--steps", type=int, help="default: vae 2000, text 4000, unet 13000")
+def run(
+    about: str, model: str, name: str, stages: dict[str, tuple[Callable[[Path, int], None], int]], export: Callable[..., None]
+) -> None:
+    """The command of a recipe. stages: {stage: (function of the work folder and a number of steps, usual steps)}."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    parser.add_argument("stage", choices=(*stages, "export"))
+    parser.add_argument("--work", type=Path, default=Path("runs") / name)
+    usual = ", ".join(f"{stage} {steps}" for stage, (_, steps) in stages.items())
+    parser.add_argument("--steps", type=int, help=f"default: {usual}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-sd")
-    parser.add_argument("--sheet", type=Path, default=HERE / "pretrain" / "sheet.png")
+    parser.add_argument("--out", type=Path, default=HERE / model)
+    parser.add_argument("--sheet", type=Path, default=HERE / name / "sheet.png")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     random.seed(0)
     torch.set_flush_denormal(True)  # before any other thread starts, which would not hear of it
     torch.set_num_threads(options.threads)
-    if options.stage == "vae":
-        train_vae(options.work, options.steps or 2000)
-    elif options.stage == "text":
-        train_text(options.work, options.steps or 4000)
-    elif options.stage == "unet":
-        train_unet(options.work, options.steps or 13000)
+    if options.stage in stages:
+        train, steps = stages[options.stage]
+        train(options.work, options.steps or steps)
     else:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
         export(options.work, options.out, options.sheet)
 
 
 if __name__ == "__main__":
-    main()
+    stages = {"vae": (train_vae, 2000), "text": (train_text, 4000), "unet": (train_unet, 13000)}
+    run(__doc__, "tiny-sd", "pretrain", stages, export)

@@ -10,9 +10,7 @@ its place, and the transformer is trained for that. Stages meet in --work (defau
 
 from __future__ import annotations
 
-import argparse
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -181,28 +179,6 @@ def export(work: Path, out: Path, picture: Path) -> None:
     pretrain.curves(work, picture.parent, CURVES)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("text", "transformer", "export"))
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain-sd3"))
-    parser.add_argument("--steps", type=int, help="default: text 1500, transformer 20000")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-sd3")
-    parser.add_argument("--sheet", type=Path, default=HERE / "pretrain-sd3" / "sheet.png")
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    random.seed(0)
-    torch.set_flush_denormal(True)  # before any other thread starts, which would not hear of it
-    torch.set_num_threads(options.threads)
-    if options.stage == "text":
-        train_text(options.work, options.steps or 1500)
-    elif options.stage == "transformer":
-        train_transformer(options.work, options.steps or 20000)
-    else:
-        options.sheet.parent.mkdir(parents=True, exist_ok=True)
-        export(options.work, options.out, options.sheet)
-
-
 if __name__ == "__main__":
-    main()
+    stages = {"text": (train_text, 1500), "transformer": (train_transformer, 20000)}
+    pretrain.run(__doc__, "tiny-sd3", "pretrain-sd3", stages, export)
