@@ -90,7 +90,7 @@ def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str,
 
 def raw_batches(config: configuration.Config, ready: Prepared, encoding: Callable[[], Any]) -> Iterator[Batch]:
     """Batches of the same comparisons, decoded and encoded anew each time, within `encoding()`."""
-    comparisons = open_comparisons(config.data.train)
+    comparisons, keyed = open_comparisons(config.data.train), Keyed(config.train.seed)
     for batch in ready.batches(0):
         places = [place % len(comparisons) for place in batch.positions]
         rows = [comparisons[place] for place in places]
@@ -98,7 +98,9 @@ def raw_batches(config: configuration.Config, ready: Prepared, encoding: Callabl
         pixels = torch.from_numpy(np.stack(pictures)).to(ready.step.device).float() / 255
         with encoding():
             posterior = ready.family.encode_images(pixels)
-        conditioning = ready.family.encode_prompts([row.prompt for row in rows])
+        dropped = keyed.uniform("caption-dropout", batch.ids, batch.draws) < config.train.caption_dropout
+        prompts = ["" if drop else row.prompt for row, drop in zip(rows, dropped, strict=True)]
+        conditioning = ready.family.encode_prompts(prompts)
         shape = (len(rows), 2, *posterior.mean.shape[1:])
         yield replace(
             batch, mean=posterior.mean.view(shape).cpu(), std=posterior.std.view(shape).cpu(), conditioning=conditioning

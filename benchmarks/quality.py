@@ -1,0 +1,141 @@
+"""Seconds of training until held-out captions are drawn in the preferred style: ours beside the plain published recipe.
+
+    python benchmarks/quality.py sweep [--json FILE]     both recipes' own settings, one run each
+    python benchmarks/quality.py race [--json FILE]      the best of each, several seeds, on a fresh cache
+
+"Published" is what scripts do: pictures and prompts are encoded at every step, the reference runs live, attention is the
+library's, times are uniform and the rate is constant. It gets the best rate, β and warm-up of its sweep. A run has the quality
+when the share of Fluent drawings among 120 held-out captions is 0.90 and their caption match has not fallen outside of its
+interval. Drawing and judging are off the clock; encoding and filling the bank are on it where the cache is fresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import step as bench
+
+from flowalign import config as configuration
+from flowalign.demo import CAPTIONS, CONFIG, GUIDANCE, STEPS, held_out_captions
+from flowalign.evaluate.compare import evaluate_folders
+from flowalign.evaluate.judges import load_judges
+from flowalign.families.loading import open_checkpoint
+from flowalign.families.sampling import SamplerSettings, write_images
+from flowalign.setup import make_accelerator, prepare
+from flowalign.train.checkpoint import State
+from flowalign.train.loop import Hooks, fit
+from flowalign.train.trainable import trained
+
+SHARE = 0.90
+SETTINGS = SamplerSettings(steps=STEPS, guidance=GUIDANCE, precision="bf16")
+
+
+class Reached(Exception):
+    """The run has the quality; nothing after it is of interest."""
+
+
+def run(base: Path, recipe: dict[str, Any], work: Path, *, seed: int, every: int, encode: bool) -> dict[str, Any]:
+    """Train by `recipe` until the quality is there or its steps are over; what was measured every `every` steps.
+
+    recipe: {"settings": {"a.b": value}, "published": whether to work as published scripts do}. encode: really encode at
+    every step, where the recipe is the published one; else its arithmetic on cached latents.
+    """
+    settings = {"train.seed": seed, "train.save_every": None, "train.sample_every": every, "train.log_every": 1000}
+    settings |= {"output": str(work / "run"), **recipe["settings"]}
+    config = configuration.load(CONFIG, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    accelerator = make_accelerator(config, work)
+    started = time.perf_counter()
+    ready = prepare(config, accelerator, progress=False)
+    setup = time.perf_counter() - started
+    state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, {})
+    judges = load_judges(config.judges, accelerator.device)
+    prompts = held_out_captions(CAPTIONS)
+    trace: list[dict[str, float]] = []
+    seconds, since = 0.0, time.perf_counter()
+
+    def judge(step: int) -> None:
+        nonlocal seconds, since
+        seconds += time.perf_counter() - since
+        with tempfile.TemporaryDirectory() as folder:
+            ready.policy.eval()
+            draw(ready.family.pipeline(ready.policy), prompts, Path(folder))
+            ready.policy.train()
+            found = evaluate_folders(base, Path(folder), judges, progress=False)["judges"]
+        caption = found["caption_match"]["mean_difference"]
+        share = found["style"]["aligned"]["share"]
+        trace.append({"step": step, "seconds": round(seconds, 2), "share": share, "caption": caption["value"]})
+        trace[-1] |= {"caption_low": caption["low"], "caption_high": caption["high"]}
+        if share >= SHARE:
+            raise Reached
+        since = time.perf_counter()
+
+    batches, step = ready.batches, ready.step
+    if recipe["published"] and encode:
+        step = replace(step, autocast=accelerator.autocast)
+        batches = lambda position: bench.raw_batches(config, ready, accelerator.autocast)  # noqa: E731
+    hooks = Hooks(lambda step, values: None, None, judge)
+    try:
+        fit(accelerator, ready.model, state, batches, step, config.train, hooks, work / "states", {}, progress=False)
+        judge(config.train.steps)
+    except Reached:
+        pass
+    last = trace[-1]
+    reached = last["share"] >= SHARE and last["caption_high"] >= 0
+    return {**recipe, "seed": seed, "setup": round(setup, 2), "reached": reached, "last": last, "trace": trace}
+
+
+def draw(pipeline: Any, prompts: list[str], folder: Path) -> None:
+    write_images(folder, pipeline, prompts, [0] * len(prompts), SETTINGS, batch_size=30, progress=False)
+
+
+def sweeps() -> list[dict[str, Any]]:
+    published = {"train.timesteps": "uniform", "train.schedule": "constant", "train.warmup_steps": 0, "train.steps": 200}
+    plain = [
+        {"settings": published | {"train.learning_rate": rate, "objective.beta": beta}}
+        for rate, beta in itertools.product((2e-4, 4e-4, 8e-4), (400, 800, 2000))
+    ]
+    ours = [
+        {"settings": {"train.learning_rate": rate, "train.steps": steps, "train.warmup_steps": 5, "reference.bank": 2}}
+        for rate, steps in itertools.product((5e-4, 8e-4), (60, 90))
+    ]
+    return [each | {"published": True} for each in plain] + [each | {"published": False} for each in ours]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("sweep", "race"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--every", type=int, default=10, help="steps between two looks")
+    parser.add_argument("--recipes", type=Path, help="a JSON list of recipes instead of the sweep's own")
+    parser.add_argument("--json", type=Path, help="also write what was measured here")
+    options = parser.parse_args()
+    recipes = json.loads(options.recipes.read_text()) if options.recipes else sweeps()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        draw(open_checkpoint("samples/emoji/tiny-sd"), held_out_captions(CAPTIONS), base)
+        for recipe, seed in itertools.product(recipes, options.seeds):
+            with tempfile.TemporaryDirectory() as work:
+                if options.what == "race":
+                    recipe = recipe | {"settings": recipe["settings"] | {"data.cache": f"{work}/cache"}}
+                result = run(base, recipe, Path(work), seed=seed, every=options.every, encode=options.what == "race")
+            found.append(result)
+            print(json.dumps({key: value for key, value in result.items() if key != "trace"}), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
+    for published in (True, False):
+        taken = [row["last"]["seconds"] for row in found if row["reached"] and row["published"] == published]
+        said = f"{statistics.median(taken):.1f} s (median of {len(taken)})" if taken else "never"
+        print(f"{'published' if published else 'ours':10} {said}")
+
+
+if __name__ == "__main__":
+    main()
