@@ -29,9 +29,9 @@ from flowalign.errors import (
 
 if TYPE_CHECKING:
     from flowalign import runs
-    from flowalign.config import Config
     from flowalign.config import dump as dump_config
     from flowalign.config import load as load_config
+    from flowalign.settings import Config
 
 __version__ = "0.1.0"
 

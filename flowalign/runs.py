@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
-from flowalign.config import Config
 from flowalign.data.pairs import sequential
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.evaluate.compare import evaluate_folders
@@ -32,6 +31,7 @@ from flowalign.plan.predict import predict
 from flowalign.report.card import write_card
 from flowalign.report.page import write_report
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared, choose_device, make_accelerator, prepare
 from flowalign.sources import cache_folder
 from flowalign.train.checkpoint import State, load, states, step_of

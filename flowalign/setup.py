@@ -27,13 +27,14 @@ from flowalign.align.fill import fill_banks
 from flowalign.align.reference import with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
-from flowalign.config import Config, check_knobs
+from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream
 from flowalign.errors import ConfigError, MissingExtraError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
+from flowalign.settings import Config
 from flowalign.sources import cache_folder, load_data
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flowalign.config import Config
 from flowalign.data.audit import audit
 from flowalign.data.cache import LatentCache
 from flowalign.data.fill import Cached, fill
@@ -15,6 +14,7 @@ from flowalign.data.pairs import PairDataset
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows
 from flowalign.errors import DataError
 from flowalign.families.base import Family
+from flowalign.settings import Config
 from flowalign.train.ranks import Ranks
 
 

@@ -9,10 +9,10 @@ import torch
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.step import PreferenceStep
-from flowalign.config import Config
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.rundir import RunDir
 

@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from flowalign.config import Config
+    from flowalign.settings import Config
     from flowalign.setup import Prepared
 
 ROOT = Path(__file__).resolve().parents[1]

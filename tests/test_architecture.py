@@ -19,6 +19,7 @@ LIGHT = (
     "flowalign.files",
     "flowalign.yaml_text",
     "flowalign.config",
+    "flowalign.settings",
     "flowalign.plugins",
     "flowalign.plan.gpus",
     "flowalign.cli",
@@ -26,7 +27,7 @@ LIGHT = (
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip", "timm"}
 
 LAYERS = (
-    ("errors", "files", "yaml_text", "config", "plugins"),
+    ("errors", "files", "yaml_text", "settings", "config", "plugins"),
     ("rng", "align.terms", "align.objectives", "scoring.calibrate", "flow.path"),
     ("data",),
     ("families", "scoring.rewards", "flow.field"),

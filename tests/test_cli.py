@@ -13,8 +13,8 @@ import pytest
 
 import flowalign
 from flowalign import cli
-from flowalign.config import Config
 from flowalign.errors import DataError, RunError
+from flowalign.settings import Config
 
 VERBS = ("align", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
 RESULT = {"summary": "all is well", "value": 0.5, "name": "é"}

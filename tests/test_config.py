@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from flowalign import config, plugins
-from flowalign.config import Config, Data, Model
 from flowalign.errors import ConfigError
+from flowalign.settings import Config, Data, Model
 
 SMALL = {"model": {"checkpoint": "tiny-sd"}, "data": {"train": "pairs.jsonl"}}
 YAML = "model:\n  checkpoint: tiny-sd\ndata:\n  train: pairs.jsonl\n"

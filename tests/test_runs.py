@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowalign import cli, config, runs
-from flowalign.config import Config
 from flowalign.errors import DataError
+from flowalign.settings import Config
 
 LORA = "pytorch_lora_weights.safetensors"
 PROMPTS = ["c thing", "zebra"]

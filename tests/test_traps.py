@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign import config, runs
-from flowalign.config import Config
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from tests.conftest import schedulers, tiny_pipeline
 from tests.families.conftest import sdxl

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 
 from flowalign.align.bank import ReferenceBank, Stored, fill_bank
 from flowalign.align.step import PreferenceStep
-from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
 from flowalign.errors import ConfigError
 from flowalign.families.sampling import PRECISIONS
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 
 
 def stored_for(needs: frozenset[str], precision: str) -> Stored:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from flowalign import plugins
-from flowalign.config import Config
 from flowalign.plan.data import Counted
+from flowalign.settings import Config
 
 RATIO = {"full": sqrt(4.1e-9 * 6.7e-8), "lora": sqrt(7.5e-7 * 2e-6)}
 """Largest learning rate / β. All weights: 2.048e-5 / 5000 is Diffusion-DPO's, 2e-5 / 300 collapsed on an emoji U-Net.

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from flowalign.align.fill import stored_for
-from flowalign.config import Config
 from flowalign.data.audit import audit
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt
 from flowalign.errors import DataError
 from flowalign.plan.model import Outline
+from flowalign.settings import Config
 
 EXACTLY = 20_000
 """Sources of so many rows are read through; of larger ones only the rows are counted."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from flowalign.config import Config
 from flowalign.families.sampling import PRECISIONS
 from flowalign.plan.model import Outline
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.train.trainable import trained
 
 STATE_8BIT, SMALLEST_8BIT = 2 * (1 + 4 / 256), 4096

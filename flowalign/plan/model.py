@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.reference import with_reference
 from flowalign.align.step import PreferenceStep
-from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.families.base import Family
 from flowalign.families.outline import META
+from flowalign.settings import Config
 from flowalign.setup import choose_timesteps, choose_trainable, load_family, load_objective
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from flowalign.config import Config
 from flowalign.plan.dangers import Facts, dangers
 from flowalign.plan.data import count as count_data
 from flowalign.plan.flops import count as count_flops
 from flowalign.plan.memory import encoders, memory, size
 from flowalign.plan.model import outline
 from flowalign.plan.work import on_gpus, work
+from flowalign.settings import Config
 from flowalign.train.trainable import trained
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flowalign.config import Config
 from flowalign.errors import ConfigError, allowed
 from flowalign.plan.data import Counted
 from flowalign.plan.flops import Flops
 from flowalign.plan.gpus import GPUS, USABLE
+from flowalign.settings import Config
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from flowalign import plugins
-from flowalign.config import Config, load
+from flowalign.config import load
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import Generated
 from flowalign.files import atomic, write_text
 from flowalign.report.page import read_lines, read_mapping
 from flowalign.report.pictures import Samples, read_samples
+from flowalign.settings import Config
 
 ACROSS, ROWS = 8, 2  # prompts side by side in the picture, and how many such rows of before and after
 CELL = (128, 256)  # pixels: smaller pictures are doubled until they reach the first, larger ones are shrunk to the second

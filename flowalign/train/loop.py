@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowalign.config import Train
 from flowalign.data.batch import Batch
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
+from flowalign.settings import Train
 from flowalign.train.checkpoint import State, save
 from flowalign.train.ranks import Ranks, gathered
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from flowalign import runs
 from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
-from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.errors import ConfigError, NonFiniteError
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign import runs
-from flowalign.config import Config
+from flowalign.settings import Config
 
 SIDE = 32
 CONCEPTS = slice(0, 240, 10)

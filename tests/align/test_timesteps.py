@@ -23,10 +23,10 @@ from flowalign.align.objectives.dpo import dpo
 from flowalign.align.step import PreferenceStep
 from flowalign.align.terms import Objective, Terms, needs
 from flowalign.align.timesteps import BINS, FLOOR, TIMESTEPS, Importance, Sampler, squared_gradient
-from flowalign.config import Config
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.checkpoint import states
 from flowalign.train.trainable import trained

@@ -17,7 +17,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from flowalign import plugins, runs
-from flowalign.config import Config, parse
+from flowalign.config import parse
 from flowalign.data.batch import GEOMETRY, Conditioning
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import Family
@@ -27,6 +27,7 @@ from flowalign.families.sampling import SamplerSettings, sample
 from flowalign.plan.flops import count, counted
 from flowalign.plan.model import outline
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared, make_accelerator, prepare
 from flowalign.train.trainable import trained
 from tests.families.conftest import BUILDERS

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flowalign.config import Config
 from flowalign.data.cache import usage
 from flowalign.plan.data import EXACTLY, count
 from flowalign.plan.model import outline
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 
 Settings = Callable[..., Config]

@@ -11,11 +11,12 @@ import torch
 
 from benchmarks import flops
 from flowalign.align.terms import Terms, needs
-from flowalign.config import Config, parse
+from flowalign.config import parse
 from flowalign.families.outline import META
 from flowalign.plan.flops import Flops, count, counted
 from flowalign.plan.model import outline
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared, load_family
 
 Make = Callable[..., Prepared]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.config import Config
 from flowalign.plan.memory import encoders, memory
 from flowalign.plan.model import outline
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowalign import cli, runs
-from flowalign.config import Config, dump
+from flowalign.config import dump
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.plan.data import Counted
 from flowalign.plan.flops import Flops
@@ -19,6 +19,7 @@ from flowalign.plan.gpus import GPUS
 from flowalign.plan.page import size, time
 from flowalign.plan.page import work as shown
 from flowalign.plan.work import Work, on_gpus, work
+from flowalign.settings import Config
 
 Settings = Callable[..., Config]
 FLOPS = Flops(policy_forward=10, policy_backward=25, reference=9, images=8, prompts=3)

@@ -10,9 +10,10 @@ import yaml
 from PIL import Image
 
 from flowalign import runs
-from flowalign.config import Config, dump, parse
+from flowalign.config import dump, parse
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.report.card import literal, write_card
+from flowalign.settings import Config
 
 NASTY = "a `tick` | a pipe\nand <b>tags</b>"
 

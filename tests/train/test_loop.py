@@ -17,9 +17,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flowalign.config import Train
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
+from flowalign.settings import Train
 from flowalign.train.checkpoint import State, load, save, states
 from flowalign.train.loop import Hooks, fit, learning_rate
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from flowalign import runs
-from flowalign.config import Config
+from flowalign.settings import Config
 from flowalign.train.rundir import RunDir
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from flowalign import runs
-from flowalign.config import Config
 from flowalign.errors import ConfigError, MissingExtraError
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.quantized import quantize
 from flowalign.train.trainable import trained

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from flowalign import config, runs
 from flowalign.align.step import PreferenceStep
-from flowalign.config import Config
 from flowalign.data.batch import Batch
 from flowalign.errors import CheckpointError
 from flowalign.rng import Keyed
+from flowalign.settings import Config
 from flowalign.train.checkpoint import states
 from tests.train.test_resume import FILES, SETTINGS, assert_same_run, forks, free_port, metrics
 

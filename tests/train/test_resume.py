@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import cli, config, runs
-from flowalign.config import Config
+from flowalign.settings import Config
 from flowalign.train.checkpoint import states
 from flowalign.train.rundir import RunDir
 
