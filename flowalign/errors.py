@@ -15,6 +15,7 @@ FlowalignError                 anything flowalign reports on purpose
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -73,3 +74,9 @@ def allowed(value: object, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(names)}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error of another library, fit for the middle of a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.split(r"\.(?:\s|$)", lines[0])[0][:300]

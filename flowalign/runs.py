@@ -92,6 +92,7 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
     ready = prepare(config, accelerator, progress=progress)
     importance = ready.step.importance
     learned = importance.tensors() if importance is not None else {}
+    learned |= ready.following.tensors() if ready.following is not None else {}
     state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
     # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
     ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
@@ -142,7 +143,13 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         ready.batches,
         ready.step,
         config.train,
-        Hooks(record, validate, sample if prompts else None, importance.refresh if importance is not None else None),
+        Hooks(
+            record,
+            validate,
+            sample if prompts else None,
+            ready.following.after if ready.following is not None else None,
+            importance.refresh if importance is not None else None,
+        ),
         run.states,
         ready.about,
         progress=progress,

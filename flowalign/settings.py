@@ -88,10 +88,34 @@ class Objective(Section):
 class Reference(Section):
     """The model that the policy is compared with."""
 
-    kind: Literal["auto", "adapters_off", "copy"] = "auto"
-    """the policy with its adapters off, or a frozen copy; auto takes the first where there are adapters"""
+    kind: Literal["auto", "adapters_off", "copy", "ema", "refresh"] = "auto"
+    """the pretrained model, as the policy with its adapters off or as a frozen copy (auto takes the first where there are
+    adapters); or one that follows the policy: at every step (ema), or every so many (refresh)"""
+    decay: Below1 = 0.995
+    """ema: what the reference keeps of itself at every step"""
+    every: Positive = 100
+    """refresh: steps from one refresh to the next"""
+    mix: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """refresh: how far the reference moves to the policy; 1 makes them equal"""
     bank: Positive | None = None
     """train each comparison on so many fixed draws of time and noise, with the reference's errors stored; null draws anew"""
+
+
+class Switches(Section):
+    """What any objective can be combined with, see docs/switches.md."""
+
+    safeguard: Fraction | None = None
+    """μ of SDPO: how much of the chosen picture's gain is protected from the rejected one's loss, 0 to 1; null protects none"""
+    winner_nll: Annotated[float, Field(ge=0)] = 0.0
+    """λ: adds λ times the chosen pictures' own error to the loss"""
+    time_weight: Literal["constant", "min_snr", "sigmoid"] = "constant"
+    """factor on a comparison's loss by its noise level"""
+    min_snr_gamma: Rate = 5.0
+    """γ of min_snr"""
+    sigmoid_bias: float = 0.0
+    """b of sigmoid, which is σ(b − log SNR)"""
+    noise: Literal["shared", "independent"] = "shared"
+    """pictures of a comparison get one noise, or each its own"""
 
 
 class Trainable(Section):
@@ -198,6 +222,7 @@ class Config(Section):
     """a section with train"""
     objective: Objective = Objective()
     reference: Reference = Reference()
+    switches: Switches = Switches()
     trainable: Trainable = Trainable()
     train: Train = Train()
     sample: Sample = Sample()

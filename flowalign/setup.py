@@ -24,8 +24,9 @@ from flowalign import plugins
 from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.fill import fill_banks
-from flowalign.align.reference import with_reference
+from flowalign.align.reference import MOVING, Following, following, with_reference
 from flowalign.align.step import PreferenceStep
+from flowalign.align.switches import check
 from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
@@ -63,6 +64,8 @@ class Prepared:
     about: dict[str, object]
     """What a saved state must agree with."""
     ranks: Ranks
+    following: Following | None = None
+    """What moves the reference, where it does."""
     plain: nn.Module | None = None
     """Where the policy lies in shards: a module like it for the whole weights, in the process that writes."""
 
@@ -147,6 +150,11 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.is_fsdp2 and config.reference.kind in MOVING:
+        raise ConfigError(
+            f"reference.kind {config.reference.kind!r} follows weights that lie whole in every process, and FSDP 2 shards "
+            "them; set reference.kind=auto, or use configs/accelerate/ddp.yaml."
+        )
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         raise ConfigError(
@@ -245,6 +253,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         "pairs_per_step": config.train.batch_size * config.train.accumulation * ranks.count,
         "objective": {"name": config.objective.name, **knobs},
         "reference": config.reference.model_dump(mode="json"),
+        "switches": config.switches.model_dump(mode="json"),
         "trainable": config.trainable.model_dump(mode="json"),
         "train": config.train.model_dump(
             mode="json",
@@ -260,10 +269,13 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
+    check(config, objective.needs, pictures=train.cached.pictures.shape[1])
+    compiled = torch.compile if config.train.compile else lambda module: module
+    anchor = compiled(frozen)
     step = PreferenceStep(
         family=family,
         policy=frozen,
-        reference=torch.compile(frozen) if config.train.compile else frozen,
+        reference=anchor,
         objective=objective,
         knobs=knobs,
         timesteps=timesteps,
@@ -272,6 +284,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         memory_format=layout,
         between=config.train.timestep_range,
         num_chosen=train.cached.num_chosen,
+        switches=config.switches,
         importance=importance,
     )
     bank = held_out_bank = None
@@ -282,14 +295,18 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
     choose_trainable(config, family, policy)
     policy.to(memory_format=layout)
+    moving = None
+    if config.reference.kind in MOVING:
+        reference, moving = following(policy, frozen, config.reference, lora=lora)
+        anchor = compiled(reference) if lora else anchor
     optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
-    model, optimizer = accelerator.prepare(torch.compile(policy) if config.train.compile else policy, optimizer)
+    model, optimizer = accelerator.prepare(compiled(policy), optimizer)
     if accelerator.is_fsdp2 and reference is not None:
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    step = replace(step, policy=model, reference=None if reference is None else step.reference, bank=bank)
+    step = replace(step, policy=model, reference=None if reference is None else anchor, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(
         config,
@@ -306,5 +323,6 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         summary,
         about,
         ranks,
+        moving,
         plain,
     )

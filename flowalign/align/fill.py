@@ -78,6 +78,7 @@ def fill_banks(
         key = (
             shared
             | {"seed": seed, "draws": draws, "timesteps": [fixed.timesteps, *fixed.between], "resolution": data.resolution}
+            | {"noise": fixed.switches.noise}
             | settings
         )
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from flowalign.errors import ConfigError
+from flowalign.settings import Reference
+
+MOVING = ("ema", "refresh")
+"""Kinds of reference that follow the policy."""
 
 
 def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool = False) -> tuple[nn.Module, nn.Module | None]:
@@ -14,15 +20,22 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
 
     `adapters_off`: the policy is a second module over the *same* parameter tensors. LoRA layers are then added to it
     alone, so the reference is the policy with its adapters off, costs no memory, and nothing is switched at each step.
-    `copy`: the policy has parameters of its own. `auto`: `adapters_off` for LoRA, `copy` for a full fine-tune.
+    `copy`: the policy has parameters of its own. `auto` and the moving kinds: `adapters_off` for LoRA, `copy` for a full
+    fine-tune; see `following` for what else a moving one needs.
     `banked`: the reference's errors are stored, so a full fine-tune takes `denoiser` itself and has no second one.
 
-    Raises ConfigError for `adapters_off` without LoRA: the reference would move with the policy.
+    Raises ConfigError for `adapters_off` without LoRA, where the reference would move with the policy, and for a bank of a
+    reference that moves.
     """
     if kind == "adapters_off" and not lora:
         raise ConfigError(
-            "reference.kind is 'adapters_off', but trainable.kind 'full' has no adapters; allowed: auto, copy; "
+            "reference.kind is 'adapters_off', but trainable.kind 'full' has no adapters; allowed: auto, copy, ema, refresh; "
             "set reference.kind=auto or trainable.kind=lora."
+        )
+    if kind in MOVING and banked:
+        raise ConfigError(
+            f"reference.bank stores what a reference says once and for all, but reference.kind {kind!r} moves; set "
+            "reference.bank=null, or reference.kind=auto."
         )
     denoiser.requires_grad_(False)
     if banked and not lora:
@@ -31,3 +44,44 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
     memo = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())} if share else {}
     policy = copy.deepcopy(denoiser, memo)
     return policy, denoiser
+
+
+class Following:
+    """A reference that follows the policy: everything that learns has a second value, which is moved towards the first.
+
+    `ema` moves it at every step, by 1 − τ (Zhang et al. 2026, 2605.21123); `refresh` every so many steps, by `mix` or all the
+    way (TR-DPO, Gorbatovski et al. 2024, 2404.09656).
+    """
+
+    def __init__(self, policy: Mapping[str, Tensor], reference: Mapping[str, Tensor], settings: Reference) -> None:
+        """policy: what learns, by name; reference: tensors of the same names and more."""
+        self._policy = list(policy.values())
+        self._reference = {name: reference[name] for name in policy}
+        self._settings = settings
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """Called with the number of finished steps after each."""
+        how = self._settings
+        if how.kind == "ema" or step % how.every == 0:
+            share = 1 - how.decay if how.kind == "ema" else how.mix
+            torch._foreach_lerp_(list(self._reference.values()), self._policy, share)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs, to be restored in place."""
+        return {f"reference/{name}": tensor for name, tensor in self._reference.items()}
+
+
+def following(policy: nn.Module, frozen: nn.Module, settings: Reference, *, lora: bool) -> tuple[nn.Module, Following]:
+    """(reference, what moves it) for a policy that is ready to train and the pretrained denoiser `frozen`.
+
+    A full fine-tune moves `frozen` itself. With LoRA the reference is a third module over the same pretrained tensors, with
+    adapters of its own.
+    """
+    reference = frozen
+    if lora:
+        kept = (tensor for tensor in (*policy.parameters(), *policy.buffers()) if not tensor.requires_grad)
+        reference = copy.deepcopy(policy, {id(tensor): tensor for tensor in kept})
+        reference.requires_grad_(False)
+    learned = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return reference, Following(learned, dict(reference.named_parameters()), settings)

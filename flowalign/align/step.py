@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.switches import safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
 from flowalign.data.batch import GEOMETRY, Batch, Conditioning
 from flowalign.errors import SelfTestError
 from flowalign.families.base import Family
 from flowalign.rng import Keyed
+from flowalign.settings import Switches
+
+PLAIN = Switches()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class PreferenceStep:
     """How many of a comparison's N pictures are chosen."""
     bank: ReferenceBank | None = None
     """The reference's errors, and predictions where they are needed, where draws are repeated."""
+    switches: Switches = PLAIN
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
@@ -48,14 +53,18 @@ class PreferenceStep:
         return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws."""
+        """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws.
+
+        Where `switches.noise` is independent, each has noise of its own.
+        """
         pictures, shape = batch.mean.shape[1], batch.mean.shape[2:]
-        draws = [rng.normal(stream, batch.ids, batch.draws, shape) for stream in ("posterior", "noise")]
+        own = (pictures if self.switches.noise == "independent" else 1, *shape)
+        draws = [rng.normal("posterior", batch.ids, batch.draws, shape), rng.normal("noise", batch.ids, batch.draws, own)]
         t = self._times(batch, rng)
         mean, std, posterior, noise, t = (self._ship(tensor) for tensor in (batch.mean, batch.std, *draws, t))
         x0 = (mean + std * posterior[:, None]).flatten(0, 1)
         t = t.repeat_interleave(pictures)
-        x_t, target = self.family.noisy(x0, noise.repeat_interleave(pictures, dim=0), t)
+        x_t, target = self.family.noisy(x0, noise.expand_as(mean).flatten(0, 1), t)
         return x_t.contiguous(memory_format=self.memory_format), target, t
 
     def told(self, batch: Batch) -> Conditioning:
@@ -70,7 +79,14 @@ class PreferenceStep:
         conditioning = self.told(batch)
         with self.autocast():
             prediction = self.family.predict(self.policy, x_t, t, conditioning)
-        prediction = prediction.float()
+        residual = prediction.float() - target
+        error = _mean_square(residual).view(count, pictures)
+        dot = None
+        if self.switches.safeguard is not None or "residual_dot" in self.objective.needs:
+            chosen, rejected = residual.detach().view(count, pictures, -1).unbind(1)
+            dot = (chosen * rejected).mean(1)
+            if self.switches.safeguard is not None:
+                error = safeguarded(error, dot, self.switches.safeguard)
         reference_error = anchor = None
         if self.objective.needs and self.bank is not None:
             reference_error = self._ship(self.bank(batch))
@@ -80,9 +96,9 @@ class PreferenceStep:
             reference_error = _mean_square(anchor - target).view(count, pictures)
         with_drift = anchor is not None and "drift" in self.objective.needs
         return Terms(
-            policy_error=_mean_square(prediction - target).view(count, pictures),
+            policy_error=error,
             reference_error=reference_error,
-            drift=_mean_square(prediction - anchor).view(count, pictures) if with_drift else None,
+            drift=_mean_square(residual + target - anchor).view(count, pictures) if with_drift else None,
             preference=self._ship(batch.preference),
             num_chosen=self.num_chosen,
         )
@@ -103,7 +119,9 @@ class PreferenceStep:
     def __call__(self, batch: Batch, rng: Keyed) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss `[B]`, weighted, and per-comparison metrics `[B]`, detached; nothing is read back from the device."""
         terms = self.terms(batch, rng)
-        loss = self.objective(terms, **self.knobs) * self._ship(batch.weight)
+        loss = self.loss(terms) * self._ship(batch.weight)
+        if self.switches.time_weight != "constant":
+            loss = loss * self._ship(time_weight(self.family.level(self._times(batch, rng)), self.switches))
         metrics = self.measure(terms)
         if self.importance is not None:
             _, bins, weight = self.importance.place(TIMESTEPS[self.timesteps].spread(rng, batch))
@@ -113,6 +131,13 @@ class PreferenceStep:
             loss = loss * weight
             metrics = {name: value * weight for name, value in metrics.items()}  # means as other samplers have them
         return loss, {"loss": loss.detach(), **metrics}
+
+    def loss(self, terms: Terms) -> Tensor:
+        """`[B]`, of the objective and what is mixed into it."""
+        loss = self.objective(terms, **self.knobs)
+        if self.switches.winner_nll:
+            loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
+        return loss
 
     @torch.no_grad()
     def measure(self, terms: Terms) -> dict[str, Tensor]:
@@ -144,7 +169,7 @@ class PreferenceStep:
         for batch in batches:
             for part in range(BINS):
                 terms = replace(self, importance=self.importance.only(part)).terms(batch, rng)
-                loss = self.objective(terms, **self.knobs)
+                loss = self.loss(terms)
                 squares[1, part] += squared_gradient(loss, terms).sum()
                 found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
                 squares[0, part] += sum(gradient.square().sum() for gradient in found if gradient is not None)
@@ -160,9 +185,9 @@ class PreferenceStep:
         if terms.reference_error is None:
             return 0.0
         margin = (self.knobs.get("beta", 1.0) * terms.margin).abs().max().item()
-        loss = self.objective(terms, **self.knobs).mean().item()
+        loss = self.loss(terms).mean().item()
         still = replace(terms, policy_error=terms.reference_error)
-        expected = self.objective(still, **self.knobs).mean().item()
+        expected = self.loss(still).mean().item()
         if not math.isfinite(loss) or margin > tolerance or abs(loss - expected) > tolerance:
             raise SelfTestError(
                 f"the self-test found loss {loss:.6f} and margin {margin:.6f} before any step, but policy and reference are "

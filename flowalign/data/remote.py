@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from flowalign.errors import DataError, MissingExtraError
+from flowalign.errors import DataError, MissingExtraError, reason
 
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 T = TypeVar("T")
@@ -90,8 +90,7 @@ class Remote:
             kind = self.address.partition(":")[0]
             raise MissingExtraError(f"fsspec[{kind}]", "remote", f"reading {self.address}") from error
         except Exception as error:  # each kind of storage raises its own
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            said = "there is no such file" if isinstance(error, FileNotFoundError) else reason
+            said = "there is no such file" if isinstance(error, FileNotFoundError) else reason(error)
             raise DataError(
                 f"cannot read {self.address!r} ({said}); check the address, the network and your credentials"
             ) from None

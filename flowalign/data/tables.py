@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from flowalign.data.records import CellImage, FileImage
 from flowalign.data.remote import Place, beside
 from flowalign.data.rows import Rows, open_file
-from flowalign.errors import DataError
+from flowalign.errors import DataError, reason
 
 BLOCK = 1024
 """Rows of a Parquet table that become Python objects together."""
@@ -41,9 +41,7 @@ class ParquetRows(Rows):
                         metadata = file.metadata
                         schemas += [] if shard else [file.schema_arrow]
                 except (pa.ArrowException, OSError) as error:
-                    raise DataError(
-                        f"{str(path)!r} is not a Parquet file ({_first_line(error)}); fetch or write it again"
-                    ) from None
+                    raise DataError(f"{str(path)!r} is not a Parquet file ({reason(error)}); fetch or write it again") from None
             groups += [(shard, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._groups = groups
@@ -100,7 +98,7 @@ class ParquetRows(Rows):
                     with pq.ParquetFile(path if isinstance(path, Path) else path.open("rb")) as file:
                         table = file.read_row_group(place, columns=list(columns), use_threads=False)
                 except (pa.ArrowException, OSError, KeyError) as error:
-                    raise DataError(f"cannot read {str(path)!r} ({_first_line(error)}); fetch it again") from None
+                    raise DataError(f"cannot read {str(path)!r} ({reason(error)}); fetch it again") from None
                 self._tables[group, columns] = table
                 while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > TABLE_BYTES:
                     self._tables.popitem(last=False)
@@ -111,7 +109,7 @@ class ParquetRows(Rows):
 class DatasetRows(Rows):
     """A split of a `datasets` data set: a folder written by `save_to_disk`, or anything `load_dataset` takes.
 
-    Raises DataError with the library's first line if it cannot be loaded, for example without a network.
+    Raises DataError with the library's first sentence if it cannot be loaded, for example without a network.
     """
 
     def __init__(self, source: str, split: str) -> None:
@@ -122,8 +120,8 @@ class DatasetRows(Rows):
         try:
             data: Any = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split)
         except Exception as error:  # the library and the network raise dozens of kinds
-            reason = f"cannot load data set {source!r}, split {split!r} ({_first_line(error)})"
-            raise DataError(f"{reason}; check the name and the network, or pass a local file") from None
+            said = f"cannot load data set {source!r}, split {split!r} ({reason(error)})"
+            raise DataError(f"{said}; check the name and the network, or pass a local file") from None
         if isinstance(data, Mapping):
             if split not in data:
                 raise DataError(f"data set {source!r} has no split {split!r}; its splits are {', '.join(data)}")
@@ -174,7 +172,3 @@ def _is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -20,6 +20,15 @@ class Posterior(NamedTuple):
     std: Tensor
 
 
+class Level(NamedTuple):
+    """How noisy pictures are at given times; both `[B]`, float32, on the CPU."""
+
+    log_snr: Tensor
+    """log of signal over noise, both squared; finite also where there is no signal."""
+    to_x0: Tensor
+    """What an error of the prediction is multiplied by to be the error of x0 that it implies."""
+
+
 class Canvas(NamedTuple):
     """What a pipeline of a family draws on."""
 
@@ -103,6 +112,10 @@ class Family(ABC):
     @abstractmethod
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Latents at time t `[B]` in [0, 1] (0 clean, 1 noise) -> (x_t, the denoiser's own regression target)."""
+
+    @abstractmethod
+    def level(self, t: Tensor) -> Level:
+        """How noisy pictures are at times t `[B]` in [0, 1]."""
 
     def shifted(self, t: Tensor, latents: tuple[int, int]) -> Tensor:
         """Even times `[B]` in [0, 1] -> as the checkpoint's scheduler spaces them for latents of this height and width."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 from flowalign.errors import CheckpointError
-from flowalign.families.base import Canvas, Family, Posterior
+from flowalign.families.base import Canvas, Family, Level, Posterior
 from flowalign.families.loading import INDEX, Located, digest, load_parts, locate
 from flowalign.families.noise import FlowNoise, Noise
 from flowalign.families.outline import outline_parts
@@ -155,6 +155,9 @@ class LatentFamily(Family):
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.noise.noisy(x0, noise, t)
+
+    def level(self, t: Tensor) -> Level:
+        return self.noise.level(t)
 
     def shifted(self, t: Tensor, latents: tuple[int, int]) -> Tensor:
         return self.noise.shifted(t, latents[0] * latents[1] // self.patch**2)

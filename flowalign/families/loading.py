@@ -23,7 +23,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from flowalign import plugins
-from flowalign.errors import CheckpointError
+from flowalign.errors import CheckpointError, reason
 
 INDEX = "model_index.json"
 LORA = "pytorch_lora_weights.safetensors"
@@ -55,12 +55,6 @@ class Located:
             raise CheckpointError(
                 f"{self.folder / file} cannot be read ({reason(error)}); save the whole pipeline again with save_pretrained."
             ) from error
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error of another library, fit for the middle of a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.split(r"\.(?:\s|$)", lines[0])[0][:300]
 
 
 def locate(checkpoint: str | Path, *, revision: str | None = None, variant: str | None = None, weights: bool = True) -> Located:

@@ -11,8 +11,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from flowalign.errors import CheckpointError, allowed
+from flowalign.families.base import Level
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+TINY = 1e-12
 
 
 class Noise(ABC):
@@ -28,6 +30,10 @@ class Noise(ABC):
     @abstractmethod
     def timesteps(self, t: Tensor) -> Tensor:
         """t `[B]` -> the times that the denoiser is told, `[B]`."""
+
+    @abstractmethod
+    def level(self, t: Tensor) -> Level:
+        """How noisy pictures are at times t `[B]`."""
 
     def shifted(self, t: Tensor, tokens: int) -> Tensor:
         """Even times `[B]` in [0, 1] -> as the scheduler spaces them for pictures of so many tokens."""
@@ -81,6 +87,11 @@ class DiscreteNoise(Noise):
             return x_t, x0
         return x_t, signal * noise - sigma * x0
 
+    def level(self, t: Tensor) -> Level:
+        signal = self.alphas_cumprod[self.timesteps(t.cpu())].double().clamp(TINY, 1 - TINY)
+        to_x0 = {"epsilon": (1 - signal) / signal, "v_prediction": 1 - signal, "sample": torch.ones_like(signal)}
+        return Level((signal / (1 - signal)).log().float(), to_x0[self.prediction_type].float())
+
 
 class FlowNoise(Noise):
     """The straight line of rectified flow: x_t = (1−t) x0 + t ε, whose velocity is ε − x0 (Liu et al. 2022, 2209.03003).
@@ -107,6 +118,11 @@ class FlowNoise(Noise):
         x0, noise = x0.float(), noise.float()
         level = _per_row(t.to(x0.device, torch.float32), x0)
         return (1 - level) * x0 + level * noise, noise - x0
+
+    def level(self, t: Tensor) -> Level:
+        """SNR = (1−t)² / t², and x0 = x_t − t v."""
+        level = t.cpu().double().clamp(TINY, 1 - TINY)
+        return Level(2 * ((1 - level) / level).log().float(), level.square().float())
 
     def shifted(self, t: Tensor, tokens: int) -> Tensor:
         """t' = s t / (1 + (s−1) t): more noise for larger pictures (Esser et al. 2024, 2403.03206, eq. 23).

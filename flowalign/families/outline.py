@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flowalign.errors import CheckpointError
-from flowalign.families.loading import FAILURES, INDEX, Located, reason
+from flowalign.errors import CheckpointError, reason
+from flowalign.families.loading import FAILURES, INDEX, Located
 
 META = torch.device("meta")
 

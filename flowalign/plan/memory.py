@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from flowalign.align.reference import MOVING
 from flowalign.families.sampling import PRECISIONS
 from flowalign.plan.model import Outline
 from flowalign.rng import Keyed
@@ -36,18 +37,19 @@ def memory(outline: Outline, config: Config) -> list[Part]:
     learns = list(trained(outline.policy).values())
     ids = {id(parameter) for parameter in learns}
     rest = [t for t in (*outline.policy.parameters(), *outline.policy.buffers()) if id(t) not in ids]
-    reference = outline.step.reference
     precision, count = config.train.precision, sum(parameter.numel() for parameter in learns)
     compute = PRECISIONS[precision]
-    if outline.second and reference is not None:
-        second = Part("reference", size((*reference.parameters(), *reference.buffers())), "a frozen copy")
-    else:
-        why = "none: its errors come from the bank" if config.reference.bank else "shared: the policy with its adapters off"
-        second = Part("reference", 0, why)
+    shared = {*ids, *map(id, rest)}
+    reference = outline.step.reference
+    held = (*reference.parameters(), *reference.buffers()) if outline.live and reference is not None else ()
+    own = [tensor for tensor in held if id(tensor) not in shared]
+    why = "none: its errors come from the bank" if config.reference.bank else "shared: the policy with its adapters off"
+    if own:
+        why = "what follows the policy" if config.reference.kind in MOVING else "a frozen copy"
     return [
         Part("frozen weights", size(rest), dtypes(rest)),
         Part("trained weights", size(learns), dtypes(learns)),
-        second,
+        Part("reference", size(own), why),
         Part("gradients", 4 * count, "float32"),
         Part("optimizer", _state(learns, config.train.optimizer), f"two moments of {config.train.optimizer}"),
         Part("moving average", 4 * count if config.train.ema else 0, "float32" if config.train.ema else "train.ema is null"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
-from flowalign.align.reference import with_reference
+from flowalign.align.reference import MOVING, following, with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.families.base import Family
@@ -28,8 +28,8 @@ class Outline:
     """With a reference, where there is a bank too: only the trainer is without."""
     banked: PreferenceStep
     """The same with a bank of its errors."""
-    second: bool
-    """The reference has weights of its own while the run trains."""
+    live: bool
+    """A reference is held while the run trains, if only as the policy without its adapters."""
     resolution: int
     latents: tuple[int, ...]
     """`(C, h, w)` of a picture"""
@@ -67,12 +67,13 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     if policy is frozen:  # all weights learn against a bank: count the reference that filled it on a module of its own
         learns, _ = with_reference(frozen, "copy", lora=False)
     choose_trainable(config, family, learns)
+    anchor = following(learns, frozen, config.reference, lora=lora)[0] if config.reference.kind in MOVING else frozen
     learns.train()
     resolution = config.data.resolution or family.resolution
     step = PreferenceStep(
         family=family,
         policy=learns,
-        reference=frozen,
+        reference=anchor,
         objective=objective,
         knobs=knobs,
         timesteps=choose_timesteps(config, family),
@@ -87,7 +88,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         policy=learns,
         step=step,
         banked=replace(step, reference=None, bank=bank),
-        second=reference is not None and (not lora or config.reference.kind == "copy"),
+        live=reference is not None,
         resolution=resolution,
         latents=tuple(latents),
         pictures=pictures,

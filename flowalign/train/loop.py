@@ -34,6 +34,8 @@ class Hooks:
     validate: Callable[[], dict[str, float]] | None = None
     sample: Callable[[int], None] | None = None
     """Called in every process: weights in shards are put together for it."""
+    after: Callable[[int], None] | None = None
+    """After every step, before anything is saved; it must not wait for the device."""
     refresh: Callable[[], None] | None = None
     """Every `log_every` steps, when the device has been waited for: what the step learns from its own batches."""
 
@@ -147,6 +149,8 @@ def fit(
                 with torch.no_grad():
                     torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - float(cfg.ema or 0))
             state.step += 1
+            if hooks.after is not None:
+                hooks.after(state.step)
             count += 1
             bar.update()
             ended = state.step == cfg.steps

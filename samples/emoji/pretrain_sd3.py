@@ -161,8 +161,10 @@ def export(work: Path, out: Path, picture: Path) -> None:
     transformer = make_transformer()
     transformer.load_state_dict(state["ema"])
     tokenizer, first, second = towers(work)
+    vae = AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
     pipe = StableDiffusion3Pipeline(
-        vae=AutoencoderKL.from_pretrained(BASE / "vae", torch_dtype=torch.float32),
+        vae=vae,
         text_encoder=first,
         text_encoder_2=second,
         text_encoder_3=None,
