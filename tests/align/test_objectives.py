@@ -39,13 +39,6 @@ def test_the_folder_holds_what_is_tested_here() -> None:
     assert plugins.names("objectives") == NAMES
 
 
-def test_log_ratio_is_half_the_errors_difference_and_positive_where_the_policy_is_better() -> None:
-    h = terms().log_ratio
-    assert h[0, 0].item() == pytest.approx(0.5 * (0.31 - 0.30))
-    assert h[0, 1].item() == pytest.approx(0.5 * (0.40 - 0.42))
-    assert terms().margin.tolist() == pytest.approx(MARGINS, abs=1e-7)
-
-
 def test_dpo_is_its_formula() -> None:
     beta = 40.0
     expected = [-math.log(sigmoid(beta * margin)) for margin in MARGINS]
@@ -123,23 +116,6 @@ def test_adding_a_constant_to_policy_and_reference_changes_nothing(name: str) ->
 def test_loss_is_unreduced(name: str) -> None:
     assert objective(name, terms()).shape == (4,)
     assert objective(name, terms()).dtype == torch.float32
-
-
-def test_groups_compare_means_and_a_pair_is_the_group_of_one() -> None:
-    torch.manual_seed(0)
-    policy, reference = torch.rand(3, 4), torch.rand(3, 4)
-    group = Terms(policy, reference, None, torch.ones(3), num_chosen=2)
-    h = 0.5 * (reference - policy)
-    torch.testing.assert_close(group.margin, (h[:, 0] + h[:, 1]) / 2 - (h[:, 2] + h[:, 3]) / 2)
-
-
-def test_gaussian_denoiser_has_the_exact_log_ratio() -> None:
-    """For one-dimensional Gaussians N(prediction, 1) the log-density ratio of the target is exactly h."""
-    target, policy, reference = torch.randn(5, 2), torch.randn(5, 2), torch.randn(5, 2)
-    normal = torch.distributions.Normal
-    exact = normal(policy, 1.0).log_prob(target) - normal(reference, 1.0).log_prob(target)
-    made = Terms((policy - target).square(), (reference - target).square(), None, torch.ones(5))
-    torch.testing.assert_close(made.log_ratio, exact)
 
 
 @pytest.mark.parametrize(
