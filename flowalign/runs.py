@@ -90,9 +90,9 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
 def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path], progress: bool) -> tuple[bool, float]:
     """From the newest of the states found to the finished folder; whether it got there, and the seconds of training."""
     ready = prepare(config, accelerator, progress=progress)
-    importance = ready.step.importance
-    learned = importance.tensors() if importance is not None else {}
-    learned |= ready.following.tensors() if ready.following is not None else {}
+    learned: dict[str, torch.Tensor] = {}
+    for part in (ready.step.importance, ready.step.carried, ready.following):
+        learned |= part.tensors() if part is not None else {}
     state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
     # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
     ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
@@ -134,6 +134,12 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         if ready.held_out is None
         else lambda: validation(ready.step, ready.held_out, config, accelerator, ready.held_out_bank)
     )
+
+    def after(step: int) -> None:
+        for part in (ready.step.carried, ready.following):
+            if part is not None:
+                part.after(step)
+
     importance = ready.step.importance
     started = time.perf_counter()
     finished = fit(
@@ -147,7 +153,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
             record,
             validate,
             sample if prompts else None,
-            ready.following.after if ready.following is not None else None,
+            after,
             importance.refresh if importance is not None else None,
         ),
         run.states,

@@ -53,6 +53,8 @@ class Data(Section):
     """how `train` and `validation` are stored"""
     columns: dict[str, str] = {}
     """flowalign's column name: the file's column name, where they differ"""
+    rewards: dict[str, float] = {}
+    """of the scores in the data, those that count and their weights; empty takes the only one"""
     split: str = "train"
     """split of a hub dataset"""
     tie_policy: Literal["soft", "drop"] = "soft"

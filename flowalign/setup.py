@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from flowalign import plugins
 from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.carried import Carried
 from flowalign.align.fill import fill_banks
 from flowalign.align.reference import MOVING, Following, following, with_reference
 from flowalign.align.step import PreferenceStep
@@ -269,7 +270,10 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
-    check(config, objective.needs, pictures=train.cached.pictures.shape[1])
+    check(config, objective.needs, *(each.cached for each in (train, held_out) if each is not None))
+    carried = None
+    if objective.carry is not None:
+        carried = Carried(objective.carry, knobs, accelerator.device, lambda values: accelerator.reduce(values, "mean"))
     compiled = torch.compile if config.train.compile else lambda module: module
     anchor = compiled(frozen)
     step = PreferenceStep(
@@ -286,6 +290,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         num_chosen=train.cached.num_chosen,
         switches=config.switches,
         importance=importance,
+        carried=carried,
     )
     bank = held_out_bank = None
     if config.reference.bank is not None:

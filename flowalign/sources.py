@@ -57,9 +57,17 @@ def load_data(
             held, (train_places, held_places) = train, split_by_prompt(train, data.held_out, config.train.seed)
 
         def cached(source: Comparisons, places: Any, flips: tuple[bool, ...]) -> Cached:
-            show = progress and ranks.main
-            bad = data.on_bad_row
-            return fill(cache, source, places, family, flips=flips, on_bad_row=bad, ranks=ranks, progress=show)
+            return fill(
+                cache,
+                source,
+                places,
+                family,
+                flips=flips,
+                on_bad_row=data.on_bad_row,
+                rewards=data.rewards,
+                ranks=ranks,
+                progress=progress and ranks.main,
+            )
 
         parts = {"train": cached(train, train_places, (False, True) if data.flip else (False,))}
         if len(held_places):

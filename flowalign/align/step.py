@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.carried import Carried
 from flowalign.align.switches import safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -45,6 +46,8 @@ class PreferenceStep:
     bank: ReferenceBank | None = None
     """The reference's errors, and predictions where they are needed, where draws are repeated."""
     switches: Switches = PLAIN
+    carried: Carried | None = None
+    """What the objective carries from step to step; None where it carries nothing."""
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
@@ -88,10 +91,11 @@ class PreferenceStep:
             if self.switches.safeguard is not None:
                 error = safeguarded(error, dot, self.switches.safeguard)
         reference_error = anchor = None
-        if self.objective.needs and self.bank is not None:
+        held_against = self.objective.needs & {"reference", "drift"}
+        if held_against and self.bank is not None:
             reference_error = self._ship(self.bank(batch))
             anchor = self._ship(self.bank.predicted(batch)).flatten(0, 1) if "drift" in self.objective.needs else None
-        elif self.objective.needs:
+        elif held_against:
             anchor = self._anchor(x_t, t, conditioning)
             reference_error = _mean_square(anchor - target).view(count, pictures)
         with_drift = anchor is not None and "drift" in self.objective.needs
@@ -101,6 +105,9 @@ class PreferenceStep:
             drift=_mean_square(residual + target - anchor).view(count, pictures) if with_drift else None,
             preference=self._ship(batch.preference),
             num_chosen=self.num_chosen,
+            residual_dot=dot,
+            scores=self._given(batch.scores, "scores"),
+            grades=self._given(batch.grades, "grades"),
         )
 
     def for_bank(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
@@ -123,6 +130,10 @@ class PreferenceStep:
         if self.switches.time_weight != "constant":
             loss = loss * self._ship(time_weight(self.family.level(self._times(batch, rng)), self.switches))
         metrics = self.measure(terms)
+        if self.carried is not None:
+            seen = self.carried.observe(terms) if torch.is_grad_enabled() else {}
+            metrics |= {f"carried/{name}": value.expand(len(batch)) for name, value in self.carried.scalars.items()}
+            metrics |= {f"observed/{name}": value.detach() for name, value in seen.items()}
         if self.importance is not None:
             _, bins, weight = self.importance.place(TIMESTEPS[self.timesteps].spread(rng, batch))
             if torch.is_grad_enabled():
@@ -134,9 +145,10 @@ class PreferenceStep:
 
     def loss(self, terms: Terms) -> Tensor:
         """`[B]`, of the objective and what is mixed into it."""
-        loss = self.objective(terms, **self.knobs)
+        carried = () if self.carried is None else (self.carried.scalars,)
+        loss = self.objective(terms, *carried, **self.knobs)
         if self.switches.winner_nll:
-            loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
+            loss = loss + self.switches.winner_nll * terms.chosen(terms.policy_error).mean(1)
         return loss
 
     @torch.no_grad()
@@ -204,6 +216,9 @@ class PreferenceStep:
             even, _, _ = self.importance.place(even)
         low, high = self.between
         return low + (high - low) * sampler.bend(even, batch, self.family)
+
+    def _given(self, values: Tensor | None, need: str) -> Tensor | None:
+        return self._ship(values) if values is not None and need in self.objective.needs else None
 
     def _ship(self, tensor: Tensor) -> Tensor:
         """To the device without waiting for it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowalign.align.reference import MOVING
+from flowalign.data.fill import Cached
 from flowalign.errors import ConfigError
 from flowalign.families.base import Level
 from flowalign.settings import Config, Switches
@@ -44,14 +46,23 @@ def time_weight(level: Level, switches: Switches) -> Tensor:
     return torch.ones_like(level.log_snr)
 
 
-def check(config: Config, needs: frozenset[str], *, pictures: int) -> None:
-    """Raise ConfigError for what does not go together with an objective of these needs and comparisons of so many pictures."""
+def check(config: Config, needs: frozenset[str], *comparisons: Cached) -> None:
+    """Raise ConfigError for what does not go together with an objective of these needs and with these comparisons."""
     name, kind = config.objective.name, config.reference.kind
+    pictures = comparisons[0].pictures.shape[1]
     if config.switches.safeguard is not None and pictures != 2:
         raise ConfigError(
             f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
             "pictures; set switches.safeguard=null."
         )
+    for need in sorted(needs & {"scores", "grades"}):
+        bare = sum(int(np.isnan(getattr(each, need)).any(1).sum()) for each in comparisons)
+        if bare:
+            several = ", or several rewards: name those that count in data.rewards" if need == "scores" else ""
+            raise ConfigError(
+                f"objective.name {name!r} reads {need}, and {bare} comparisons have none{several}; give every row {need}, or "
+                "choose another objective."
+            )
     if kind in MOVING and not needs & {"reference", "drift"}:
         raise ConfigError(
             f"reference.kind {kind!r} moves a reference, but objective.name {name!r} needs none; set reference.kind=auto."

@@ -70,6 +70,10 @@ class Batch:
     """How often each comparison was drawn before."""
     positions: tuple[int, ...]
     """Place in the run's endless sequence of comparisons, or number of the draw among all where draws are repeated."""
+    scores: Tensor | None = None
+    """`[B, N]` float32, a reward of each picture, see `Data.rewards`; NaN where there is none."""
+    grades: Tensor | None = None
+    """`[B, N]` float32, relevance of each picture in a ranked list; NaN where there is none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,4 +90,6 @@ class Batch:
             self.ids,
             self.draws,
             self.positions,
+            None if self.scores is None else self.scores.pin_memory(),
+            None if self.grades is None else self.grades.pin_memory(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Cached:
-    """n comparisons whose N pictures and prompt are all in a cache. About 32·N + 60 bytes a comparison."""
+    """n comparisons whose N pictures and prompt are all in a cache. About 40·N + 60 bytes a comparison."""
 
     indices: np.ndarray
     """int64 `[n]`: places in the Comparisons."""
@@ -55,6 +55,10 @@ class Cached:
     """float32 `[n]`."""
     weight: np.ndarray
     """float32 `[n]`."""
+    scores: np.ndarray
+    """float32 `[n, N]`: the weighted sum of each picture's scores; NaN where a row lacks one of them."""
+    grades: np.ndarray
+    """float32 `[n, N]`; NaN where a row has none."""
     num_chosen: int
     flips: tuple[bool, ...]
     """Which variants of each picture are cached: upright (False), mirrored (True)."""
@@ -127,6 +131,7 @@ def fill(
     batch_size: int = 8,
     on_bad_row: str = "skip",
     workers: int = 4,
+    rewards: Mapping[str, float] | None = None,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
@@ -134,7 +139,8 @@ def fill(
 
     Pictures are read and decoded by `workers` threads and encoded `batch_size` at a time, on whatever device the family
     uses; equal picture files and equal prompts are encoded once. on_bad_row: "skip" lists rows whose picture is missing,
-    damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError.
+    damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError. rewards: which scores
+    count, and with what weight; None or empty takes the only one there is.
 
     Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
     names or by the row that holds them, and all get the same Cached. They must see one cache folder.
@@ -160,6 +166,7 @@ def fill(
     prompts: dict[str, int] = {}
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
     rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
+    worth = np.zeros((2, len(indices), 0), np.float32)
     shape: tuple[int, int] | None = None
     inside = True
 
@@ -178,6 +185,7 @@ def fill(
             if shape is None:
                 shape = len(comparison.images), comparison.num_chosen
                 digests = np.zeros((len(indices), shape[0], 32), np.uint8)
+                worth = np.full((2, len(indices), shape[0]), np.nan, np.float32)
             if (len(comparison.images), comparison.num_chosen) != shape:
                 here = f"{comparison.source or step}: {len(comparison.images)} pictures of which {comparison.num_chosen} chosen"
                 raise DataError(f"{here}, but earlier rows have {shape[0]} and {shape[1]}; train on one kind at a time")
@@ -187,6 +195,7 @@ def fill(
             if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
                 texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
             rows[step] = comparison.id, prompt, comparison.preference, comparison.weight
+            worth[:, step] = _score(comparison, rewards or {}), comparison.grades or np.full(shape[0], np.nan)
             digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
         texts.flush()
@@ -209,11 +218,22 @@ def fill(
         ids=rows["id"].copy(),
         preference=rows["preference"].copy(),
         weight=rows["weight"].copy(),
+        scores=np.resize(worth[0], (len(indices), shape[0]))[good],
+        grades=np.resize(worth[1], (len(indices), shape[0]))[good],
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
         inside=inside,
     )
+
+
+def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:
+    """`[N]`, NaN where it cannot be said."""
+    scores = comparison.scores or {}
+    wanted = rewards or dict.fromkeys(scores, 1.0)
+    if not wanted or not wanted.keys() <= scores.keys() or (not rewards and len(wanted) > 1):
+        return np.full(len(comparison.images), np.nan)
+    return np.sum([weight * np.asarray(scores[name]) for name, weight in wanted.items()], axis=0)
 
 
 class _Batches:

@@ -24,7 +24,7 @@ from flowalign.data.fill import Cached
 from flowalign.data.readers import BadRow
 from flowalign.files import atomic
 
-ARRAYS = ("indices", "pictures", "prompt", "ids", "preference", "weight")
+ARRAYS = ("indices", "pictures", "prompt", "ids", "preference", "weight", "scores", "grades")
 
 
 def index_path(cache: LatentCache, key: Mapping[str, Any]) -> Path:

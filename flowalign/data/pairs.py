@@ -47,6 +47,7 @@ class PairDataset(Dataset[Batch]):
         self._picture = torch.from_numpy(place)
         self._prompts = (*cached.prompts, "")  # the last one is what caption dropout gives
         self._preference, self._weight = torch.from_numpy(cached.preference), torch.from_numpy(cached.weight)
+        self._scores, self._grades = torch.from_numpy(cached.scores), torch.from_numpy(cached.grades)
         self._held: tuple[Tensor, Tensor, Tensor] | None = None  # mean, standard deviation, geometry
         self._conditioning: Conditioning | None = None
         mean, std, _ = self._latents(0, cached.flips[0])
@@ -94,6 +95,8 @@ class PairDataset(Dataset[Batch]):
             ids=tuple(int(self.cached.ids[item.place]) for item in items),
             draws=tuple(item.draw for item in items),
             positions=tuple(item.position for item in items),
+            scores=self._scores[index],
+            grades=self._grades[index],
         )
 
     def _latents(self, picture: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.carried import Carried
 from flowalign.align.reference import MOVING, following, with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
@@ -49,6 +50,8 @@ class Outline:
             ids=tuple(range(count)),
             draws=(0,) * count,
             positions=(0,) * count,
+            scores=torch.zeros(count, self.pictures, device=META),
+            grades=torch.zeros(count, self.pictures, device=META),
         )
 
     def pixels(self) -> Tensor:
@@ -80,6 +83,8 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         device=META,
         autocast=nullcontext,
         num_chosen=num_chosen,
+        switches=config.switches,
+        carried=None if objective.carry is None else Carried(objective.carry, knobs, META),
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
     bank = ReferenceBank(torch.zeros(1, pictures), (torch.zeros(1, pictures, *latents, device=META),))

@@ -170,7 +170,7 @@ def test_a_reference_that_follows_is_the_recurrence_by_hand(prepared: Make, trai
             ready.optimizer.step()
             ready.optimizer.zero_grad()
             ready.following.after(step)
-            hand = {name: wanted(step, hand[name], p.detach()) for name, p in trained(ready.policy).items()}
+            hand = {name: wanted(step, hand[name], p.detach().clone()) for name, p in trained(ready.policy).items()}
         found = dict(ready.step.reference.named_parameters())
         for name in names:
             torch.testing.assert_close(found[name], hand[name])

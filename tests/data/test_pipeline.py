@@ -114,7 +114,7 @@ def assert_same(left: Batch, right: Batch) -> None:
             assert a.tensors.keys() == b.tensors.keys()
             assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
         elif isinstance(a, Tensor):
-            assert torch.equal(a, b), field.name
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=field.name)
         else:
             assert a == b, field.name
 
