@@ -82,7 +82,8 @@ class PreferenceStep:
         conditioning = self.told(batch)
         with self.autocast():
             prediction = self.family.predict(self.policy, x_t, t, conditioning)
-        residual = prediction.float() - target
+        prediction = prediction.float()
+        residual = prediction - target
         error = _mean_square(residual).view(count, pictures)
         dot = None
         if self.switches.safeguard is not None or "residual_dot" in self.objective.needs:
@@ -102,7 +103,7 @@ class PreferenceStep:
         return Terms(
             policy_error=error,
             reference_error=reference_error,
-            drift=_mean_square(residual + target - anchor).view(count, pictures) if with_drift else None,
+            drift=_mean_square(prediction - anchor).view(count, pictures) if with_drift else None,
             preference=self._ship(batch.preference),
             num_chosen=self.num_chosen,
             residual_dot=dot,
@@ -155,19 +156,25 @@ class PreferenceStep:
     def measure(self, terms: Terms) -> dict[str, Tensor]:
         """Rewards βh as TRL names them, and errors relative to the reference, each a mean over the chosen or the rejected.
 
-        A tied margin is half a win, half a loss.
+        A tied margin is half a win, half a loss. The margin of a picture that was judged alone is its h where it is wanted, and
+        −h where it is not.
         """
-        sides = {"chosen": slice(None, terms.num_chosen), "rejected": slice(terms.num_chosen, None)}
+        alone = terms.policy_error.shape[1] == 1
+        parts = (
+            {"all": slice(None)} if alone else {"chosen": slice(terms.num_chosen), "rejected": slice(terms.num_chosen, None)}
+        )
+        rise = terms.policy_error if terms.reference_error is None else terms.policy_error - terms.reference_error
+        errors = {f"error/{name}": rise[:, part].mean(1) for name, part in parts.items()}
         if terms.reference_error is None:
-            return {f"error/{side}": terms.policy_error[:, part].mean(1) for side, part in sides.items()}
+            return errors
         beta = self.knobs.get("beta", 1.0)
-        reward, margin = beta * terms.log_ratio, terms.margin
-        rise = terms.policy_error - terms.reference_error
+        reward = beta * terms.log_ratio
+        margin = (2 * terms.preference - 1) * terms.log_ratio[:, 0] if alone else terms.margin
         return {
-            **{f"rewards/{side}": reward[:, part].mean(1) for side, part in sides.items()},
+            **{f"rewards/{name}": reward[:, part].mean(1) for name, part in parts.items()},
             "rewards/margins": beta * margin,
             "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
-            **{f"error/{side}": rise[:, part].mean(1) for side, part in sides.items()},
+            **errors,
         }
 
     def gains(self, batches: Iterable[Batch], parameters: Sequence[Tensor], rng: Keyed) -> None:
@@ -196,7 +203,7 @@ class PreferenceStep:
             terms = self.terms(batch, rng)
         if terms.reference_error is None:
             return 0.0
-        margin = (self.knobs.get("beta", 1.0) * terms.margin).abs().max().item()
+        margin = (self.knobs.get("beta", 1.0) * terms.log_ratio).abs().max().item()
         loss = self.loss(terms).mean().item()
         still = replace(terms, policy_error=terms.reference_error)
         expected = self.loss(still).mean().item()

@@ -200,6 +200,13 @@ def two_columns(chosen: str, rejected: str) -> Callable[[Row], dict[str, Any]]:
     return build
 
 
+def unpaired(row: Row) -> dict[str, Any]:
+    """One picture, and whether it is wanted: `label` 1, 0, true, false, or a probability."""
+    label = row.get("label")
+    wanted = float(label) if isinstance(label, bool) else number(label, "label")
+    return optional(row, {"images": row.images("image")[:1], "preference": wanted})
+
+
 def native(row: Row) -> dict[str, Any]:
     """`images`, best first, and the optional columns."""
     return optional(row, {"images": row.images("images")})
@@ -246,6 +253,7 @@ def conventions() -> tuple[Convention, ...]:
         Convention("chosen_rejected", ("chosen", "rejected"), two_columns("chosen", "rejected")),
         Convention("longcat", ("img_path_win", "img_path_lose"), two_columns("img_path_win", "img_path_lose")),
         Convention("win_lose", ("img_win", "img_lose"), two_columns("img_win", "img_lose")),
+        Convention("unpaired", ("image", "label"), unpaired),
         Convention("native", ("images",), native),
     )
 

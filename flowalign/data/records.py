@@ -111,9 +111,10 @@ class CellImage(ImageRef):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A prompt and N >= 2 pictures, best first. Raises DataError on values that mean nothing.
+    """A prompt and N pictures, best first. Raises DataError on values that mean nothing.
 
-    A pair has N = 2 and num_chosen = 1; groups have num_chosen = k of N = 2k; a ranked list has any N and `grades`.
+    A pair has N = 2 and num_chosen = 1; groups have num_chosen = k of N = 2k; a ranked list has any N and `grades`. A picture
+    that was judged alone has N = 1, and its `preference` is the probability that it is wanted.
     """
 
     prompt: str
@@ -145,10 +146,10 @@ class Comparison:
         count = len(self.images)
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise DataError(f"the prompt is {self.prompt!r}; it must be text that is not empty")
-        if count < 2:
-            raise DataError(f"a comparison needs at least 2 pictures and this one has {count}")
-        if not 1 <= self.num_chosen < count:
-            raise DataError(f"num_chosen is {self.num_chosen}; with {count} pictures it must be 1 to {count - 1}")
+        if not count:
+            raise DataError("a comparison needs at least one picture and this one has none")
+        if not 1 <= self.num_chosen < max(count, 2):
+            raise DataError(f"num_chosen is {self.num_chosen}; with {count} pictures it must be 1 to {max(count - 1, 1)}")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise DataError(f"weight is {self.weight}; it must be a finite number that is not negative")
         if not 0 <= self.preference <= 1:

@@ -136,3 +136,30 @@ def test_one_reward_needs_no_name(prepared: Callable[..., Prepared], votes: Path
     path = rated(votes, tmp_path, scores={"only": [3.0, 1.0]})
     ready = prepared(f"data.train={path}", f"data.validation={path}")
     assert ready.first_batch().scores.tolist() == [[3.0, 1.0]] * 2
+
+
+def test_pictures_that_were_judged_alone_train_and_are_measured(
+    settings: Callable[..., Config], votes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them wanted: what is wanted must become easier to denoise, what is not must not."""
+
+    @needs("reference")
+    def alone(terms: Terms, *, beta: float = 500.0) -> Tensor:
+        return -torch.nn.functional.logsigmoid(beta * (2 * terms.wanted - 1) * terms.log_ratio).mean(1)
+
+    known = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda kind, name: alone if name == "alone" else known(kind, name))
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    margins = {}
+    for name in ("true", "swapped"):
+        pictures = [
+            {"prompt": row["prompt"], "image": str(votes.parent / row[side]), "label": (side == "chosen") is (name == "true")}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures))
+        data = (f"data.train={tmp_path / name}.jsonl", f"data.validation={tmp_path}/true.jsonl", "objective={name: alone}")
+        found = runs.align(settings(tmp_path / name, *data, "train.steps=40", "train.log_every=40"), progress=False)["metrics"]
+        margins[name] = found["eval/rewards/margins"]
+        assert "eval/error/chosen" not in found
+    assert margins["swapped"] < -0.01 < 0.01 < margins["true"]

@@ -28,11 +28,25 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("trainable", "bank", "precision"),
-    [("lora", "null", "bf16"), ("full", "null", "fp32"), ("full", "1", "fp32")],
+    ("trainable", "bank", "precision", "kind"),
+    [
+        ("lora", "null", "bf16", "auto"),
+        ("lora", "null", "bf16", "ema"),
+        ("full", "null", "fp32", "auto"),
+        ("full", "null", "fp32", "refresh"),
+        ("full", "1", "fp32", "auto"),
+    ],
 )
-def test_weights_gradients_and_states_are_those_of_a_run(prepared: Make, trainable: str, bank: str, precision: str) -> None:
-    ready = prepared(f"trainable.kind={trainable}", f"reference.bank={bank}", f"train.precision={precision}", "train.ema=0.99")
+def test_weights_gradients_and_states_are_those_of_a_run(
+    prepared: Make, trainable: str, bank: str, precision: str, kind: str
+) -> None:
+    ready = prepared(
+        f"trainable.kind={trainable}",
+        f"reference.bank={bank}",
+        f"reference.kind={kind}",
+        f"train.precision={precision}",
+        "train.ema=0.99",
+    )
     found = planned(ready.config)
     learns = list(trained(ready.policy).values())
     loss, _ = ready.step(ready.first_batch(), Keyed(0))
@@ -45,7 +59,7 @@ def test_weights_gradients_and_states_are_those_of_a_run(prepared: Make, trainab
     assert found["trained weights"] == sum(parameter.nbytes for parameter in learns)
     assert found["frozen weights"] + found["trained weights"] == sum(policy.values())
     assert found["reference"] == sum(size for place, size in reference.items() if place not in policy)
-    assert (found["reference"] > 0) is (trainable == "full" and bank == "null")
+    assert (found["reference"] > 0) is ((trainable == "full" or kind == "ema") and bank == "null")
     assert found["gradients"] == sum(parameter.grad.nbytes for parameter in learns if parameter.grad is not None)
     assert found["optimizer"] == sum(state.nbytes for state in states)
     assert found["moving average"] == sum(average.nbytes for average in ready.ema.values())
