@@ -1,23 +1,17 @@
-"""`Terms`: the few scalars per picture that every preference objective is made of."""
+"""`Terms`: the few scalars per picture that every preference objective is made of, and what an objective declares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, cat
 
-FIELDS = {
-    "reference": "reference_error",
-    "drift": "drift",
-    "residual_dot": "residual_dot",
-    "scores": "scores",
-    "grades": "grades",
-}
-"""What an objective may need -> the field of `Terms` that holds it."""
-NEEDS = tuple(FIELDS)
+NEEDS = ("reference", "drift", "residual_dot", "scores", "grades")
+"""What an objective may read beside `policy_error` and the label."""
+Takes = Literal["pairs", "groups", "lists", "unpaired"]
+"""What a comparison holds: one chosen and one rejected picture, several of each, graded pictures, or each for itself."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,7 @@ class Terms:
     """Errors of B comparisons of N pictures, best first, at one shared (t, noise) each; float32.
 
     Errors are means over all elements of a picture's latent, in the family's own prediction type (ε, v, x0 or velocity).
-    A comparison of N = 1 is a picture that was judged alone: its `preference` is 1 if it is wanted and 0 if it is not.
+    A comparison of one picture (N = 1) has only that to say: `preference` is 1 where it is wanted and 0 where it is not.
     """
 
     policy_error: Tensor
@@ -39,17 +33,17 @@ class Terms:
     num_chosen: int = 1
     """How many of the N pictures are chosen."""
     residual_dot: Tensor | None = None
-    """`[B]` mean of residual_chosen · residual_rejected of a pair, with residual = prediction − target."""
+    """`[B]` of pairs: mean of residual_chosen · residual_rejected, where a residual is prediction − target."""
     scores: Tensor | None = None
-    """`[B, N]` a reward per picture, the weighted sum where there are several."""
+    """`[B, N]` a reward per picture; of several rewards their weighted sum."""
     grades: Tensor | None = None
-    """`[B, N]` the worth of each picture of a ranked list; rewards may stand here where nobody gave grades."""
+    """`[B, N]` relevance of the pictures of a ranked list, larger is better."""
 
     def given(self, name: str) -> Tensor:
-        """The term of that name of `NEEDS`. Raises ValueError where the step did not compute it."""
-        value: Tensor | None = getattr(self, FIELDS[name])
+        """One of `NEEDS`, `[B, N]` or `[B]`. Raises ValueError where it is missing."""
+        value: Tensor | None = getattr(self, "reference_error" if name == "reference" else name)
         if value is None:
-            raise ValueError(f"these terms hold no {FIELDS[name]}: declare @needs({name!r}) on the objective")
+            raise ValueError(f"the terms hold no {name}: the objective declares @needs({name!r}) and the data must have it")
         return value
 
     @property
@@ -58,28 +52,9 @@ class Terms:
         return 0.5 * (self.given("reference") - self.policy_error)
 
     @property
-    def surrogate(self) -> Tensor:
-        """`[B, N]` l = −½e: stands for a log-likelihood where there is no reference; up to a constant, not a density."""
+    def log_likelihood(self) -> Tensor:
+        """`[B, N]` l = −½e: the policy's own log-likelihood of the target under unit variance, up to a constant."""
         return -0.5 * self.policy_error
-
-    def chosen(self, values: Tensor) -> Tensor:
-        """`[B, N]` -> `[B, k]`, those of the k chosen pictures."""
-        return values[:, : self.num_chosen]
-
-    def rejected(self, values: Tensor) -> Tensor:
-        """`[B, N]` -> `[B, N−k]`, those of the rejected pictures. Raises ValueError where there are none."""
-        if self.num_chosen >= values.shape[1]:
-            raise ValueError(f"all {values.shape[1]} pictures are chosen: an objective that compares needs rejected ones")
-        return values[:, self.num_chosen :]
-
-    def means(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N]` -> `[B]`, `[B]`: the mean over the chosen pictures and over the rejected ones."""
-        return self.chosen(values).mean(1), self.rejected(values).mean(1)
-
-    def gap(self, values: Tensor) -> Tensor:
-        """`[B, N]` -> `[B]`: mean over the chosen pictures − mean over the rejected ones."""
-        chosen, rejected = self.means(values)
-        return chosen - rejected
 
     @property
     def margin(self) -> Tensor:
@@ -88,29 +63,76 @@ class Terms:
 
     @property
     def policy_margin(self) -> Tensor:
-        """`[B]` l_chosen − l_rejected: the margin of objectives without a reference."""
-        return self.gap(self.surrogate)
+        """`[B]` mean l of the chosen − mean l of the rejected: the margin without a reference."""
+        return self.gap(self.log_likelihood)
+
+    @property
+    def score_margin(self) -> Tensor:
+        """`[B]` mean score of the chosen − mean score of the rejected."""
+        return self.gap(self.given("scores"))
 
     @property
     def wanted(self) -> Tensor:
-        """`[B, N]` the probability that a picture is wanted: p of the chosen, 1 − p of the rejected ones."""
+        """`[B, N]` the probability that each picture is a good one: p for the chosen, 1 − p for the rejected."""
         p = self.preference[:, None].expand_as(self.policy_error)
-        return torch.where(torch.arange(p.shape[1], device=p.device) < self.num_chosen, p, 1 - p)
+        return cat([p[:, : self.num_chosen], 1 - p[:, self.num_chosen :]], 1)
 
-    @property
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Means `[B]` of `values` `[B, N]` over the chosen and over the rejected.
+
+        Raises ValueError where there is nothing on one side.
+        """
+        chosen, count = self.num_chosen, values.shape[1]
+        if not 0 < chosen < count:
+            raise ValueError(f"the objective compares chosen with rejected pictures, and of {count} here {chosen} are chosen")
+        return values[:, :chosen].mean(1), values[:, chosen:].mean(1)
+
+    def gap(self, values: Tensor) -> Tensor:
+        """`[B]` mean of `values` `[B, N]` over the chosen − mean over the rejected."""
+        chosen, rejected = self.sides(values)
+        return chosen - rejected
+
     def swapped(self) -> Terms:
-        """The comparison as if the rejected pictures had been preferred; `preference` stays."""
-        moved = {
-            field.name: torch.cat([self.rejected(value), self.chosen(value)], 1)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.dim() == 2
-        }
-        return replace(self, num_chosen=self.policy_error.shape[1] - self.num_chosen, **moved)
+        """The same pictures after the opposite vote: chosen and rejected have changed places."""
+        k = self.num_chosen
+        names = ("policy_error", "reference_error", "drift", "scores", "grades")
+        held = {name: value for name in names if (value := getattr(self, name)) is not None}
+        moved = {name: cat([value[:, k:], value[:, :k]], 1) for name, value in held.items()}
+        count = self.policy_error.shape[1] - k
+        return replace(self, **moved, preference=1 - self.preference, num_chosen=count)
 
-    def expected(self, loss: Callable[[Tensor], Tensor], preference: Tensor | None = None) -> Tensor:
+    def expected(
+        self, loss: Callable[[Tensor], Tensor], preference: Tensor | None = None, margin: Tensor | None = None
+    ) -> Tensor:
         """`[B]` p·loss(Δ) + (1−p)·loss(−Δ): a soft label is the expectation over which picture is preferred."""
         p = self.preference if preference is None else preference
-        return p * loss(self.margin) + (1 - p) * loss(-self.margin)
+        m = self.margin if margin is None else margin
+        return p * loss(m) + (1 - p) * loss(-m)
+
+    def over_votes(self, loss: Callable[[Terms], Tensor]) -> Tensor:
+        """`[B]` the same expectation for a loss of the terms that is no function of Δ alone."""
+        return self.preference * loss(self) + (1 - self.preference) * loss(self.swapped())
+
+
+def tangent_exp(x: Tensor, most: float = 20.0) -> Tensor:
+    """eˣ up to `most` and its tangent from there on: large arguments stay finite and keep their direction."""
+    low = x.clamp_max(most)
+    return low.exp() * (1 + (x - low))
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Scalars that an objective carries from one optimizer step to the next, because a pure function sees no batch statistics.
+
+    All three take the objective's knobs as keywords.
+    """
+
+    start: Callable[..., dict[str, float]]
+    """(**knobs): the scalars before the first step."""
+    observe: Callable[..., dict[str, Tensor]]
+    """(terms, carried, **knobs): what to average `[B]`, detached; the mean is over all comparisons of an optimizer step."""
+    advance: Callable[..., dict[str, Tensor]]
+    """(carried, means, **knobs): the scalars of the next step, 0-dim tensors on the device, without reading any back."""
 
     def over_votes(self, loss: Callable[[Terms], Tensor]) -> Tensor:
         """`[B]` the same expectation for losses of more than the margin: p·loss(self) + (1−p)·loss(swapped)."""
@@ -134,25 +156,34 @@ class Carry:
 
 
 class Objective(Protocol):
-    """Terms in, unreduced loss `[B]` out; knobs are keyword-only. `needs` says which terms the step must compute.
+    """Terms in, unreduced loss `[B]` out; knobs are keyword-only.
 
-    Where `carry` is not None the second argument is the carried scalars, by name.
+    An objective with a carry takes the carried scalars, 0-dim tensors by name, as its second argument.
     """
 
     needs: frozenset[str]
+    """Which of `NEEDS` the step must compute."""
+    takes: Takes
     carry: Carry | None
 
-    def __call__(self, terms: Terms, *carried: Mapping[str, Tensor], **knobs: float | str) -> Tensor: ...
+    def __call__(self, terms: Terms, *carried: Mapping[str, Tensor], **knobs: float) -> Tensor: ...
 
 
-def needs(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Declare what an objective reads beside `policy_error`: any of `NEEDS`. Raises ValueError for another name."""
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def needs(*names: str, takes: Takes = "pairs") -> Callable[[Function], Function]:
+    """Declare what an objective reads beside `policy_error`, any of `NEEDS`, and what its comparisons hold.
+
+    Raises ValueError for a name that is none of them.
+    """
     unknown = sorted(set(names) - set(NEEDS))
     if unknown:
-        raise ValueError(f"{unknown[0]!r} cannot be needed; allowed: {', '.join(NEEDS)}")
+        raise ValueError(f"an objective cannot need {', '.join(unknown)}; allowed: {', '.join(NEEDS)}")
 
-    def declare(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def declare(objective: Function) -> Function:
         objective.needs = frozenset(names)  # type: ignore[attr-defined]
+        objective.takes = takes  # type: ignore[attr-defined]
         objective.carry = getattr(objective, "carry", None)  # type: ignore[attr-defined]
         return objective
 
@@ -164,10 +195,10 @@ def carries(
     start: Callable[..., dict[str, float]],
     observe: Callable[..., dict[str, Tensor]],
     advance: Callable[..., dict[str, Tensor]],
-) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Declare that an objective carries scalars between optimizer steps, see `Carry`; goes with `needs`."""
+) -> Callable[[Function], Function]:
+    """Declare what an objective carries between steps; it is then called as `objective(terms, carried, **knobs)`."""
 
-    def declare(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def declare(objective: Function) -> Function:
         objective.carry = Carry(start, observe, advance)  # type: ignore[attr-defined]
         return objective
 
