@@ -1,0 +1,68 @@
+"""β-DPO: a β for each step by how far the pairs are apart, without the unlikely ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import NormalDist
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from flowalign.align.terms import Terms, carries, needs
+
+
+def start(*, beta: float, gain: float, keep: float, decay: float) -> dict[str, float]:
+    """β, and mean and deviation of the rewards' margin, before the first step."""
+    return {"beta": beta, "mean": 0.0, "deviation": 1.0}
+
+
+def kept(terms: Terms, carried: Mapping[str, Tensor], *, beta: float, keep: float) -> Tensor:
+    """`[B]` 1 for pairs whose reward margin βΔ lies in the central share `keep` of the running normal law, 0 for others."""
+    reach = NormalDist().inv_cdf((1 + keep) / 2) if keep < 1 else float("inf")
+    reward = beta * terms.margin.detach()
+    return ((reward - carried["mean"]).abs() <= reach * carried["deviation"]).to(reward.dtype)
+
+
+def observe(
+    terms: Terms, carried: Mapping[str, Tensor], *, beta: float, gain: float, keep: float, decay: float
+) -> dict[str, Tensor]:
+    """Moments of βΔ, of all pairs and of those that are kept."""
+    reward, chosen = beta * terms.margin.detach(), kept(terms, carried, beta=beta, keep=keep)
+    return {"reward": reward, "square": reward.square(), "kept": chosen, "kept_reward": chosen * reward}
+
+
+def advance(
+    carried: Mapping[str, Tensor], means: Mapping[str, Tensor], *, beta: float, gain: float, keep: float, decay: float
+) -> dict[str, Tensor]:
+    """Running mean and deviation, and β(1 + a(mean of the kept − running mean)), not below a hundredth of β."""
+    mean = decay * carried["mean"] + (1 - decay) * means["reward"]
+    spread = (means["square"] - means["reward"].square()).clamp_min(0).sqrt()
+    lead = means["kept_reward"] / means["kept"].clamp_min(1e-6) - mean
+    return {
+        "beta": beta * (1 + gain * lead).clamp_min(0.01),
+        "mean": mean,
+        "deviation": decay * carried["deviation"] + (1 - decay) * spread,
+    }
+
+
+@carries(start=start, observe=observe, advance=advance)
+@needs("reference")
+def beta_dpo(
+    terms: Terms,
+    carried: Mapping[str, Tensor],
+    *,
+    beta: float = 2000.0,
+    gain: float = 0.6,
+    keep: float = 0.8,
+    decay: float = 0.9,
+) -> Tensor:
+    """−log σ(β_t Δ)/ρ for pairs that are kept, else 0; β_t = β(1 + a(mean βΔ of the kept − running mean)); returns `[B]`.
+
+    a = `gain`, ρ = `keep`. In expectation over a soft label. The paper takes all from the batch itself and draws the kept
+    pairs; here they come from the steps before, and a pair is kept if it lies in the central ρ of the running normal law, so
+    that a pair's loss does not depend on its neighbours. β as in `dpo`.
+
+    Source: Wu et al. 2024, arXiv 2407.08639 (β-DPO); defaults and floor from the authors' code.
+    """
+    loss = terms.expected(lambda margin: -logsigmoid(carried["beta"] * margin))
+    return loss * kept(terms, carried, beta=beta, keep=keep) / keep
