@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of `runs` or the demo, print. Exit codes: 0 done, 1 failed, 2 bad input."""
+"""The command line: parse, call one function of `runs`, demo or catalog, print. Exit codes: 0 done, 1 failed, 2 bad input."""
 
 from __future__ import annotations
 
@@ -123,6 +123,12 @@ def _cache(options: argparse.Namespace) -> dict[str, Any]:
     return runs.cache_list(options.folder)
 
 
+def _objectives(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import catalog
+
+    return catalog.listing() if options.markdown is None else catalog.write_page(options.markdown)
+
+
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign.demo import demo
 
@@ -197,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
     cache.add_argument("--fingerprint", metavar="F", help="clear only what the encoder with this fingerprint made")
     cache.add_argument("--folder", type=Path, metavar="DIR", help="by default $FLOWALIGN_CACHE or ~/.cache/flowalign")
+
+    objectives = command("objectives", _objectives, "List the losses to align with, what they compare and need.")
+    objectives.add_argument("--markdown", type=Path, metavar="PAGE", help="write the full list between the marks of this page")
 
     demo = command("demo", _demo, "Align the bundled tiny model on the bundled pictures and show what changed.")
     demo.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="the run folder (%(default)s)")

@@ -48,6 +48,11 @@ def load(kind: str, name: str) -> Any:
         ) from error
 
 
+def source(kind: str, name: str) -> Path | None:
+    """The file of one of the package's own; None for an installed package's. Raises ConfigError for an unknown kind."""
+    return Path(__file__).parent / FOLDERS[kind] / f"{name}.py" if name in _modules(kind) else None
+
+
 def _modules(kind: str) -> frozenset[str]:
     if kind not in FOLDERS:
         raise ConfigError(f"{kind!r} is not a kind of plugin; {allowed(kind, FOLDERS)}.")

@@ -21,13 +21,14 @@ LIGHT = (
     "flowalign.config",
     "flowalign.settings",
     "flowalign.plugins",
+    "flowalign.catalog",
     "flowalign.plan.gpus",
     "flowalign.cli",
 )
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip", "timm"}
 
 LAYERS = (
-    ("errors", "files", "yaml_text", "settings", "config", "plugins"),
+    ("errors", "files", "yaml_text", "config", "plugins", "catalog"),
     ("rng", "align.terms", "align.objectives", "scoring.calibrate", "flow.path"),
     ("data",),
     ("families", "scoring.rewards", "flow.field"),

@@ -181,6 +181,19 @@ def test_the_other_commands(runs: Runs, argv: str, call: tuple[str, tuple[Any, .
     assert only(runs) == call
 
 
+def test_objectives_are_listed_without_torch(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = "import sys; from flowalign import cli; cli.main(['objectives']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, loaded = done.stdout.splitlines()
+    assert loaded == "False"
+    assert "  dpo                  Direct preference optimisation. [reference]" in lines
+    assert cli.main(["objectives", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["objectives"]}
+    assert listed["kto"]["carries"] is True
+    assert listed["dpo"]["knobs"] == {"beta": "2000.0", "label_smoothing": "0.0"}
+    assert cli.main(["objectives", "--markdown", str(tmp_path / "none.md")]) == 2
+
+
 def test_a_fingerprint_is_not_dropped_silently(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["cache", "--fingerprint", "ab"]) == 2
     assert "cache clear --fingerprint" in capsys.readouterr().err

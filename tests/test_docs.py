@@ -6,15 +6,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from flowalign import cli, config, yaml_text
+from flowalign import catalog, cli, config, plugins, yaml_text
 from flowalign.data.columns import conventions
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "samples").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "samples").glob("*.md")])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -37,7 +38,8 @@ COMMANDS = {page: commands(page) for page in PAGES}
 
 def test_the_readme_shows_every_command() -> None:
     shown = {line.split()[1] for line in COMMANDS[ROOT / "README.md"]}
-    assert shown == {"align", "plan", "generate", "evaluate", "export", "report", "cache"}  # and the demo, as make demo
+    everything = {"align", "plan", "generate", "evaluate", "export", "report", "objectives", "cache"}
+    assert shown == everything  # and the demo, as make demo
 
 
 @pytest.mark.parametrize("line", sorted({line for lines in COMMANDS.values() for line in lines}))
@@ -91,24 +93,48 @@ def test_names_that_the_readme_imports_exist() -> None:
         assert callable(getattr(flowalign.runs, name)), name
 
 
-def test_the_objective_in_the_readme_is_robust_dpo() -> None:
+def test_the_objective_in_the_readme_is_a_squared_hinge() -> None:
     import torch
 
-    from flowalign.align.objectives.dpo import dpo
     from flowalign.align.terms import Terms
 
-    code = next(text for language, text in blocks(ROOT / "README.md") if language == "python" and "def robust" in text)
-    names: dict[str, object] = {}
+    code = next(text for language, text in blocks(ROOT / "README.md") if language == "python" and "def squared" in text)
+    names: dict[str, Any] = {}
     exec(code, names)
-    robust = names["robust"]
-    error = torch.rand(64, 2, dtype=torch.float64)
-    reference = torch.rand(64, 2, dtype=torch.float64)
-    vote = Terms(error, reference, None, torch.ones(64, dtype=torch.float64))
-    flipped = Terms(error.flip(1), reference.flip(1), None, torch.ones(64, dtype=torch.float64))
-    mixed = 0.8 * robust(vote, beta=30.0, flips=0.2) + 0.2 * robust(flipped, beta=30.0, flips=0.2)  # type: ignore[operator]
-    assert torch.allclose(mixed, dpo(vote, beta=30.0))  # unbiased under that share of flipped votes
-    assert torch.allclose(robust(vote, beta=30.0, flips=0.0), dpo(vote, beta=30.0))  # type: ignore[operator]
-    assert robust.needs == {"reference"}  # type: ignore[attr-defined]
+    squared, h = names["squared_hinge"], 0.05 * torch.randn(64, 2)
+    vote = Terms(-2 * h, torch.zeros(64, 2), None, torch.ones(64))
+    expected = [max(0.0, 1 - 30 * (chosen - rejected)) for chosen, rejected in h.tolist()]
+    assert squared(vote, beta=30.0).tolist() == pytest.approx([value**2 for value in expected], rel=1e-4, abs=1e-6)
+    assert squared(vote, beta=30.0, power=3.0).tolist() == pytest.approx([value**3 for value in expected], rel=1e-4, abs=1e-6)
+    assert squared.needs == {"reference"}
+
+
+def test_the_objective_that_is_added_in_the_docs_meets_the_contract() -> None:
+    from tests.align import objective_rows, test_objectives
+
+    (text,) = (text for language, text in blocks(ROOT / "docs" / "objectives.md") if language == "diff")
+    parts = dict(re.findall(r"^\+\+\+ b/(\S+)\n((?:\+(?!\+\+ ).*\n|\+\n)+)", text, re.MULTILINE))
+    added = {path: re.sub(r"^\+", "", part, flags=re.MULTILINE) for path, part in parts.items()}
+    names: dict[str, Any] = {}
+    exec(added["flowalign/align/objectives/squared_hinge.py"], names)
+    rows = eval("{" + added["tests/align/objective_rows.py"] + "}", vars(objective_rows))
+    for row in rows["squared_hinge"]:
+        for check in test_objectives.CHECKS:
+            check(names["squared_hinge"], row)
+
+
+def test_the_page_of_objectives_is_not_stale() -> None:
+    text = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+    assert text.partition(f"{catalog.BEGIN}\n")[2].partition(f"\n{catalog.END}")[0] == catalog.page(), (
+        "run flowalign objectives --markdown docs/objectives.md"
+    )
+
+
+def test_derivations_are_of_objectives_and_are_linked() -> None:
+    folder = ROOT / "docs" / "methods"
+    linked = set(re.findall(r"\]\((\w+)\.md\)", (folder / "README.md").read_text(encoding="utf-8")))
+    assert linked == {page.stem for page in folder.glob("*.md")} - {"README"}
+    assert linked <= set(plugins.names("objectives"))
 
 
 def test_every_convention_is_documented_with_its_columns() -> None:

@@ -48,6 +48,14 @@ def test_every_name_of_the_folders_can_be_loaded(kind: str) -> None:
             assert issubclass(loaded, Family)
 
 
+def test_the_file_of_ours_and_of_nobody_elses(installed: Path) -> None:
+    found = plugins.source("objectives", "dpo")
+    assert found is not None
+    assert found.is_file()
+    assert plugins.source("objectives", "mine") is None
+    assert plugins.source("families", "dpo") is None
+
+
 def test_listing_imports_no_torch() -> None:
     lists = "plugins.names('objectives'), plugins.names('families')"
     code = f"import sys; from flowalign import plugins; {lists}; print('torch' in sys.modules)"

@@ -210,6 +210,11 @@ def test_the_folder_holds_what_is_tested_here() -> None:
     assert plugins.names("objectives") == tuple(sorted(NAMES))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_objective_can_be_read_at_a_glance(name: str) -> None:
+    assert len(inspect.getsource(plugins.load("objectives", name)).splitlines()) <= 40
+
+
 def test_every_exception_has_its_reason() -> None:
     plain = Row(lambda c, _: 0.0, {})
     for name, rows in ROWS.items():
