@@ -149,7 +149,7 @@ class PreferenceStep:
         carried = () if self.carried is None else (self.carried.scalars,)
         loss = self.objective(terms, *carried, **self.knobs)
         if self.switches.winner_nll:
-            loss = loss + self.switches.winner_nll * terms.chosen(terms.policy_error).mean(1)
+            loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
         return loss
 
     @torch.no_grad()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowalign.align.carried import Carried
 from flowalign.align.reference import MOVING
+from flowalign.align.terms import Objective, Terms
 from flowalign.data.fill import Cached
 from flowalign.errors import ConfigError
 from flowalign.families.base import Level
@@ -46,10 +50,10 @@ def time_weight(level: Level, switches: Switches) -> Tensor:
     return torch.ones_like(level.log_snr)
 
 
-def check(config: Config, needs: frozenset[str], *comparisons: Cached) -> None:
-    """Raise ConfigError for what does not go together with an objective of these needs and with these comparisons."""
-    name, kind = config.objective.name, config.reference.kind
-    pictures = comparisons[0].pictures.shape[1]
+def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
+    """Raise ConfigError for what does not go together with an objective, and with these comparisons."""
+    name, kind, needs = config.objective.name, config.reference.kind, objective.needs
+    pictures, num_chosen = comparisons[0].pictures.shape[1], comparisons[0].num_chosen
     if config.switches.safeguard is not None and pictures != 2:
         raise ConfigError(
             f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
@@ -67,3 +71,15 @@ def check(config: Config, needs: frozenset[str], *comparisons: Cached) -> None:
         raise ConfigError(
             f"reference.kind {kind!r} moves a reference, but objective.name {name!r} needs none; set reference.kind=auto."
         )
+    if pictures == 1 and objective.takes != "unpaired":
+        raise ConfigError(
+            f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
+            "unpaired pictures (flowalign objectives lists them), or data of pairs."
+        )
+    ones = torch.ones(1, pictures)
+    given = {each: ones[:, 0] if each == "residual_dot" else ones for each in needs - {"reference", "drift"}}
+    try:
+        carried = () if objective.carry is None else (Carried(objective.carry, knobs, torch.device("cpu")).scalars,)
+        objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *carried, **knobs)
+    except ValueError as error:
+        raise ConfigError(f"objective.name {name!r} cannot be used with these data: {error}.") from error

@@ -134,26 +134,6 @@ class Carry:
     advance: Callable[..., dict[str, Tensor]]
     """(carried, means, **knobs): the scalars of the next step, 0-dim tensors on the device, without reading any back."""
 
-    def over_votes(self, loss: Callable[[Terms], Tensor]) -> Tensor:
-        """`[B]` the same expectation for losses of more than the margin: p·loss(self) + (1−p)·loss(swapped)."""
-        return self.preference * loss(self) + (1 - self.preference) * loss(self.swapped)
-
-
-@dataclass(frozen=True)
-class Carry:
-    """Scalars that go from one optimizer step to the next, for objectives that look at more than their own comparison.
-
-    The objective is then `f(terms, carried, *, …knobs)` and stays pure: whoever trains it holds the scalars, takes the
-    mean of what is observed over all comparisons of an optimizer step (accumulation and processes), and advances once.
-    """
-
-    start: Callable[..., dict[str, float]]
-    """`(*, …knobs)` -> the scalars before the first step."""
-    observe: Callable[..., dict[str, Tensor]]
-    """`(terms, carried, *, …knobs)` -> values `[B]`, detached; their means go to `advance`."""
-    advance: Callable[..., dict[str, Tensor]]
-    """`(carried, means, *, …knobs)` -> the scalars of the next step, of 0 dimensions; nothing is read back."""
-
 
 class Objective(Protocol):
     """Terms in, unreduced loss `[B]` out; knobs are keyword-only.

@@ -143,7 +143,7 @@ def test_pictures_that_were_judged_alone_train_and_are_measured(
 ) -> None:
     """Half of them wanted: what is wanted must become easier to denoise, what is not must not."""
 
-    @needs("reference")
+    @needs("reference", takes="unpaired")
     def alone(terms: Terms, *, beta: float = 500.0) -> Tensor:
         return -torch.nn.functional.logsigmoid(beta * (2 * terms.wanted - 1) * terms.log_ratio).mean(1)
 
