@@ -494,10 +494,11 @@ def curves(work: Path, folder: Path, shown: dict[str, tuple[str, str]]) -> None:
     figure.savefig(folder / "curves.png", dpi=110)
 
 
-def sheet(checkpoint: Path, picture: Path, columns: int = 16, guidance: float = 3.0) -> None:
+def sheet(checkpoint: Path, picture: Path, absent: tuple[str, ...] = (), columns: int = 16, guidance: float = 3.0) -> None:
+    """absent: parts of the pipeline that the checkpoint does without."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32, **dict.fromkeys(absent))
     pipe.set_progress_bar_config(disable=True)
     train = sorted({row["caption"] for row in load_rows("train")})
     held = sorted({row["caption"] for row in load_rows("held_out")})

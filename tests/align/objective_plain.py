@@ -157,8 +157,12 @@ def alpha_dpo(c: Comparison, still: Comparison, beta: float, gamma: float, alpha
 
 def beta_dpo(c: Comparison, still: Comparison, beta: float, keep: float) -> float:
     reach = NormalDist().inv_cdf((1 + keep) / 2) * c.carried["deviation"]
-    kept = abs(beta * still.margin - c.carried["mean"]) <= reach
-    return kept / keep * votes(c, lambda v: nls(c.carried["beta"] * v.margin))
+
+    def loss(sign: int) -> float:
+        kept = abs(sign * beta * still.margin - c.carried["mean"]) <= reach
+        return kept / keep * nls(sign * c.carried["beta"] * c.margin)
+
+    return c.p * loss(1) + (1 - c.p) * loss(-1)
 
 
 def weighted_sft(c: Comparison) -> float:

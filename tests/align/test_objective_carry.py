@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -31,17 +32,21 @@ CARRIED = {
 }
 
 
-def kept(c: Comparison) -> float:
-    return float(abs(40 * c.margin - 0.1) <= NormalDist().inv_cdf(0.8) * 0.7)
+def kept(reward: float) -> float:
+    return float(abs(reward - 0.1) <= NormalDist().inv_cdf(0.8) * 0.7)
+
+
+def expected(c: Comparison, value: Callable[[float], float]) -> float:
+    return c.p * value(40 * c.margin) + (1 - c.p) * value(-40 * c.margin)
 
 
 OBSERVED: dict[str, dict[str, Any]] = {
-    "alpha_dpo": {"reward": lambda c: 40 * c.margin, "square": lambda c: (40 * c.margin) ** 2},
+    "alpha_dpo": {"reward": lambda c: expected(c, lambda reward: reward), "square": lambda c: (40 * c.margin) ** 2},
     "beta_dpo": {
-        "reward": lambda c: 40 * c.margin,
+        "reward": lambda c: expected(c, lambda reward: reward),
         "square": lambda c: (40 * c.margin) ** 2,
-        "kept": kept,
-        "kept_reward": lambda c: kept(c) * 40 * c.margin,
+        "kept": lambda c: expected(c, kept),
+        "kept_reward": lambda c: expected(c, lambda reward: kept(reward) * reward),
     },
     "epsilon_dpo": {"step": lambda c: c.p * step(c, 0.7) + (1 - c.p) * step(c.other, 0.7)},
     "kto": {"log_ratio": lambda c: fmean(c.h)},

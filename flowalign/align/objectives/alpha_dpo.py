@@ -18,9 +18,9 @@ def start(*, beta: float, gamma: float, alpha: float, decay: float) -> dict[str,
 def observe(
     terms: Terms, carried: Mapping[str, Tensor], *, beta: float, gamma: float, alpha: float, decay: float
 ) -> dict[str, Tensor]:
-    """Moments of βΔ."""
+    """Moments of βΔ, in expectation over a soft label."""
     reward = beta * terms.margin.detach()
-    return {"reward": reward, "square": reward.square()}
+    return {"reward": terms.expected(lambda margin: margin, margin=reward), "square": reward.square()}
 
 
 def advance(

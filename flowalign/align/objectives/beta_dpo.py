@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 
 from torch import Tensor
@@ -16,19 +16,23 @@ def start(*, beta: float, gain: float, keep: float, decay: float) -> dict[str, f
     return {"beta": beta, "mean": 0.0, "deviation": 1.0}
 
 
-def kept(terms: Terms, carried: Mapping[str, Tensor], *, beta: float, keep: float) -> Tensor:
-    """`[B]` 1 for pairs whose reward margin βΔ lies in the central share `keep` of the running normal law, 0 for others."""
+def kept(reward: Tensor, carried: Mapping[str, Tensor], keep: float) -> Tensor:
+    """`[B]` 1 where a reward margin βΔ lies in the central share `keep` of the running normal law, 0 elsewhere."""
     reach = NormalDist().inv_cdf((1 + keep) / 2) if keep < 1 else float("inf")
-    reward = beta * terms.margin.detach()
     return ((reward - carried["mean"]).abs() <= reach * carried["deviation"]).to(reward.dtype)
 
 
 def observe(
     terms: Terms, carried: Mapping[str, Tensor], *, beta: float, gain: float, keep: float, decay: float
 ) -> dict[str, Tensor]:
-    """Moments of βΔ, of all pairs and of those that are kept."""
-    reward, chosen = beta * terms.margin.detach(), kept(terms, carried, beta=beta, keep=keep)
-    return {"reward": reward, "square": reward.square(), "kept": chosen, "kept_reward": chosen * reward}
+    """Moments of βΔ, of all pairs and of those that are kept, in expectation over a soft label."""
+    of: dict[str, Callable[[Tensor], Tensor]] = {
+        "reward": lambda reward: reward,
+        "square": lambda reward: reward.square(),
+        "kept": lambda reward: kept(reward, carried, keep),
+        "kept_reward": lambda reward: kept(reward, carried, keep) * reward,
+    }
+    return {name: terms.expected(value, margin=beta * terms.margin.detach()) for name, value in of.items()}
 
 
 def advance(
@@ -64,5 +68,8 @@ def beta_dpo(
 
     Source: Wu et al. 2024, arXiv 2407.08639 (β-DPO); defaults and floor from the authors' code.
     """
-    loss = terms.expected(lambda margin: -logsigmoid(carried["beta"] * margin))
-    return loss * kept(terms, carried, beta=beta, keep=keep) / keep
+
+    def loss(margin: Tensor) -> Tensor:
+        return -logsigmoid(carried["beta"] * margin) * kept(beta * margin.detach(), carried, keep) / keep
+
+    return terms.expected(loss)
