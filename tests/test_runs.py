@@ -138,7 +138,7 @@ def test_compiled_training_gives_the_same_numbers(run: Callable[..., Path]) -> N
     [
         (["train.device=tpu"], "device 'tpu' is not available here; did you mean 'cpu'? allowed: auto, cpu, cuda, mps."),
         (["train.precision=fp16"], "train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16."),
-        (["objective.name=dop"], "did you mean 'dpo'? allowed: dpo, hinge, ipo"),
+        (["objective.name=dpoo"], "did you mean 'dpo'? allowed: all_pairs, alpha_dpo, apo_down"),
         (["objective.gamma=1.0"], "objective.gamma is not a knob of 'dpo'"),
         (["objective.beta=high"], "objective.beta of 'dpo' cannot be 'high'"),
         (["reference.kind=adapters_off", "trainable.kind=full"], "reference.kind is 'adapters_off'"),
