@@ -88,7 +88,8 @@ def run(base: Path, recipe: dict[str, Any], work: Path, *, seed: int, every: int
         batches = lambda position: bench.raw_batches(config, ready, accelerator.autocast)  # noqa: E731
     hooks = Hooks(lambda step, values: None, None, judge)
     try:
-        fit(accelerator, ready.model, state, batches, step, config.train, hooks, work / "states", {}, progress=False)
+        if not fit(accelerator, ready.model, state, batches, step, config.train, hooks, work / "states", {}, progress=False):
+            raise KeyboardInterrupt
         judge(config.train.steps)
     except Reached:
         pass
