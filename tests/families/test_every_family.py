@@ -329,7 +329,7 @@ def test_a_few_pairs_are_learned(settings: Callable[..., Config]) -> None:
     assert metrics["eval/rewards/margins"] > 0
     assert (
         metrics["eval/rewards/accuracies"] > 0.6
-    )  # 0.69 to 1, as the random weights happen to be; swapped sides give below 0.5
+    )  # 0.69 to 1, as the random weights happen to be; below 0.5 with swapped sides
 
 
 def test_the_exported_adapter_loads_in_plain_diffusers(settings: Callable[..., Config], checkpoint: Path) -> None:
