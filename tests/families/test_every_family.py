@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -270,7 +271,10 @@ def test_pictures_of_ours_are_those_of_plain_diffusers(checkpoint: Path, family:
 def settings(checkpoint: Path, votes: Path, tmp_path: Path) -> Callable[..., Config]:
     """A run of the tiny checkpoint on eight comparisons, validated on four others; overrides as on the command line."""
     lines = [json.loads(line) for line in votes.read_text().splitlines()]
-    rows = [row | {side: str(votes.parent / row[side]) for side in ("chosen", "rejected")} for row in lines]
+    # Relative, because what a picture is called keys its noise, and the folder above has another name at every start.
+    rows = [
+        row | {side: os.path.relpath(votes.parent / row[side], tmp_path) for side in ("chosen", "rejected")} for row in lines
+    ]
     for name, some in (("train", rows[:8]), ("held_out", rows[8:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
@@ -323,13 +327,11 @@ def test_a_few_pairs_are_learned(settings: Callable[..., Config]) -> None:
     """Held-out pairs share only the tint with those trained on; with the sides swapped both figures would fall."""
     before = torch.get_num_threads()
     # Two threads add up in an order of their own, and at this rate last bits grow into another run.
-    learning = settings("trainable.kind=full", "train.learning_rate=2e-3", "train.threads=1")
+    learning = settings("trainable.kind=full", "train.learning_rate=1e-3", "train.steps=60", "train.threads=1")
     metrics = runs.align(learning, progress=False)["metrics"]
     torch.set_num_threads(before)
     assert metrics["eval/rewards/margins"] > 0
-    assert (
-        metrics["eval/rewards/accuracies"] > 0.6
-    )  # 0.69 to 1, as the random weights happen to be; below 0.5 with swapped sides
+    assert metrics["eval/rewards/accuracies"] > 0.75
 
 
 def test_the_exported_adapter_loads_in_plain_diffusers(settings: Callable[..., Config], checkpoint: Path) -> None:
