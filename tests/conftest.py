@@ -198,7 +198,8 @@ def settings(folders: dict[str, Path], votes: Path) -> Callable[..., Config]:
 @pytest.fixture
 def prepared(settings: Callable[..., Config], tmp_path: Path) -> Callable[..., Prepared]:
     """prepared("trainable.kind=full", ...): the parts of a tiny run, ready to train."""
-    from flowalign.setup import make_accelerator, prepare
+    from flowalign.device import make_accelerator
+    from flowalign.setup import prepare
 
     def make(*overrides: str) -> Prepared:
         config = settings(tmp_path / "run", *overrides)

@@ -56,7 +56,7 @@ def fill_banks(
             config.trainable.gradient_checkpointing,
             device.type,
             torch.__version__,
-            cfg.batch_size,
+            cfg.batch_size if step.chunk is None else {"pictures": step.chunk},
         ],
     }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from flowalign.align.adaptive import adaptive
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.reference import MOVING, following, with_reference
@@ -16,7 +17,7 @@ from flowalign.data.batch import Batch
 from flowalign.families.base import Family
 from flowalign.families.outline import META
 from flowalign.settings import Config
-from flowalign.setup import choose_timesteps, choose_trainable, load_family, load_objective
+from flowalign.setup import choose_chunk, choose_timesteps, choose_trainable, load_family, load_objective
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         autocast=nullcontext,
         num_chosen=num_chosen,
         switches=config.switches,
-        carried=None if objective.carry is None else Carried(objective.carry, knobs, META),
+        carried=Carried.of(objective, knobs, META),
+        adaptive=adaptive(config.switches, knobs, META),
+        chunk=choose_chunk(config),
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
     bank = ReferenceBank(torch.zeros(1, pictures), (torch.zeros(1, pictures, *latents, device=META),))
