@@ -76,7 +76,10 @@ PAIRS = "samples/emoji/preferences/fluent_over_noto-{}.jsonl"
 
 def entries() -> dict[str, dict[str, Any]]:
     """Name in the table: settings."""
-    rows = {name: {"objective": {"name": name, **knobs}} for name, knobs in sorted(OBJECTIVES.items())}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, knobs in sorted(OBJECTIVES.items()):
+        held = plugins.load("objectives", name).needs & {"reference", "drift"}
+        rows[name] = {"objective": {"name": name, **knobs}} | ({} if held else LIVE)
     return rows | {name: {"objective": {"name": "dpo", "beta": BETA}} | extra for name, extra in SWITCHES.items()}
 
 
