@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from style import Bench, Measured, over, pooled
 
+from flowalign import plugins
 from flowalign.files import write_text
 
 SHARED: dict[str, Any] = {
