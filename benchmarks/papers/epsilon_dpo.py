@@ -1,6 +1,6 @@
 """ε-DPO's claim (Lee et al. 2025, 2502.13177): at equal distance from the reference, ε-DPO ≥ DPO ≥ TR-DPO in what is preferred.
 
-    python benchmarks/papers/epsilon_dpo.py [--out runs/epsilon-dpo] [--seeds 0]
+    python -m benchmarks.papers.epsilon_dpo [--out runs/epsilon-dpo] [--seeds 0]
 
 Each method is trained on the style pairs with one budget at every β of a grid, and lands somewhere on a frontier: style win
 rate over the base on held-out captions against drift, the mean squared distance of its predictions from the base's on held-out
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from style import Bench, Measured
+
+from benchmarks.papers.style import Bench, Measured, write_between
 
 BETAS = (100.0, 200.0, 400.0, 800.0, 1600.0)
 SHARED: dict[str, Any] = {
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/epsilon-dpo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--page", type=Path, help="write the tables into this page, and the plot and the figures beside it")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.out, SHARED)
@@ -177,9 +178,13 @@ def main() -> None:
                 runs[name][place].append(bench.measure(f"{name} {beta:g}", {"objective": objective, **rest}, seed))
     found = frontiers(bench, runs)
     said = claims(found)
-    print("\n".join([*table(bench, runs), "", *verdicts(said)]))
-    plot(found, options.results / "epsilon_dpo.png")
-    (options.results / "epsilon_dpo.json").write_text(json.dumps(said, indent=1) + "\n")
+    rows, differences = table(bench, runs), verdicts(said)
+    print("\n".join([*rows, "", *differences]))
+    if options.page:
+        write_between(options.page, "runs", rows)
+        write_between(options.page, "frontiers", differences)
+        plot(found, options.page.with_suffix(".png"))
+        options.page.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

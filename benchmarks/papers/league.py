@@ -1,6 +1,6 @@
 """The objective league: every objective, and dpo with every switch, on the style pairs with one budget.
 
-    python benchmarks/papers/league.py [--out runs/league] [--names dpo ipo ...] [--seeds 0]
+    python -m benchmarks.papers.league [--out runs/league] [--names dpo ipo ...] [--seeds 0]
 
 Steps, pairs a step, rate, prompts and draws are the same for all. Strengths are made alike, not tuned: what is logistic has the
 β of `dpo`, what aims at a margin aims at Δ = 0.01, the rest keeps its defaults. The table and the figures go to docs/results.
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from style import Bench, Measured, over, pooled
 
+from benchmarks.papers.style import Bench, Measured, over, pooled, write_between
 from flowalign import plugins
 from flowalign.files import write_text
 
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/league"))
     parser.add_argument("--names", nargs="+", choices=list(entries()), metavar="NAME", help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--page", type=Path, help="write the table into this page too")
     parser.add_argument("--steps", type=int, default=SHARED["train.steps"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,8 @@ def main() -> None:
     found = {name: compared(base, dpo, pooled(runs[name]), bench.prompts * several) for name in names}
     table = [line(name, found[name]) for name in sorted(found, key=lambda name: -found[name]["duel"].value)]
     print("\n".join([HEAD, *table]))
+    if options.page:
+        write_between(options.page, "league", [HEAD, *table])
 
 
 if __name__ == "__main__":

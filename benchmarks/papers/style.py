@@ -162,6 +162,16 @@ def pooled(runs: Sequence[Measured]) -> Measured:
     }
 
 
+def write_between(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Replace what stands between the comments `name` and `end of name` of a page of Markdown."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} lacks the marks {begin.strip()} and {end.strip()}; put them where the table shall stand.")
+    write_text(page, "".join([before, begin, *(f"{line}\n" for line in lines), end, after]))
+
+
 def summary(run: Measured) -> str:
     """One line."""
     style, margin = np.array(run["style"]), np.array(run["margin"])
