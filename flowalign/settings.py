@@ -118,6 +118,8 @@ class Switches(Section):
     """b of sigmoid, which is σ(b − log SNR)"""
     noise: Literal["shared", "independent"] = "shared"
     """pictures of a comparison get one noise, or each its own"""
+    label_noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """probability that a training comparison's vote is turned around, once and for all, 0 to 0.5; for experiments"""
 
 
 class Trainable(Section):

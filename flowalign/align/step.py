@@ -52,8 +52,9 @@ class PreferenceStep:
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
     def on_held_out(self, bank: ReferenceBank | None = None) -> PreferenceStep:
-        """The step whose times are spread evenly over the whole schedule, however those of training are drawn."""
-        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank)
+        """The step with times spread evenly over the whole schedule and true labels, however those of training are drawn."""
+        honest = self.switches.model_copy(update={"label_noise": 0.0})
+        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank, switches=honest)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws.
@@ -104,7 +105,7 @@ class PreferenceStep:
             policy_error=error,
             reference_error=reference_error,
             drift=_mean_square(prediction - anchor).view(count, pictures) if with_drift else None,
-            preference=self._ship(batch.preference),
+            preference=self._labels(batch, rng),
             num_chosen=self.num_chosen,
             residual_dot=dot,
             scores=self._given(batch.scores, "scores"),
@@ -223,6 +224,14 @@ class PreferenceStep:
             even, _, _ = self.importance.place(even)
         low, high = self.between
         return low + (high - low) * sampler.bend(even, batch, self.family)
+
+    def _labels(self, batch: Batch, rng: Keyed) -> Tensor:
+        """`[B]` preferences; those of some comparisons, the same ones in every epoch, are turned around by label noise."""
+        true, rate = self._ship(batch.preference), self.switches.label_noise
+        if not rate:
+            return true
+        turned = rng.uniform("label-noise", batch.ids, (0,) * len(batch)) < rate
+        return torch.where(self._ship(turned), 1 - true, true)
 
     def _given(self, values: Tensor | None, need: str) -> Tensor | None:
         return self._ship(values) if values is not None and need in self.objective.needs else None

@@ -76,6 +76,12 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
             f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
             "unpaired pictures (flowalign objectives lists them), or data of pairs."
         )
+    if config.switches.label_noise and (config.switches.safeguard is not None or config.switches.winner_nll):
+        raise ConfigError(
+            f"switches.label_noise {config.switches.label_noise:g} turns votes around, and switches.safeguard and "
+            "switches.winner_nll hold the first picture for the chosen one whatever the vote; set them to null and 0, or "
+            "switches.label_noise=0."
+        )
     ones = torch.ones(1, pictures)
     given = {each: ones[:, 0] if each == "residual_dot" else ones for each in needs - {"reference", "drift"}}
     try:
@@ -83,3 +89,21 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
         objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *carried, **knobs)
     except ValueError as error:
         raise ConfigError(f"objective.name {name!r} cannot be used with these data: {error}.") from error
+    if config.switches.label_noise and not reads_votes(objective, knobs, pictures, num_chosen):
+        raise ConfigError(
+            f"switches.label_noise {config.switches.label_noise:g} turns votes around, but objective.name {name!r} reads none; "
+            "set switches.label_noise=0, or choose another objective."
+        )
+
+
+def reads_votes(objective: Objective, knobs: dict[str, Any], pictures: int, num_chosen: int) -> bool:
+    """Whether the loss of a comparison of so many pictures depends on its label."""
+    falling = torch.linspace(1, 0, pictures, dtype=torch.float64)[None]
+    error = 1 - 1e-4 * falling  # so near the reference's that no loss is saturated
+    given = {"scores": falling, "grades": falling, "residual_dot": error[:, 0]}
+    carried = () if objective.carry is None else (Carried(objective.carry, knobs, torch.device("cpu")).scalars,)
+    losses = [
+        objective(Terms(error, torch.ones_like(error), 1 - error, label, num_chosen, **given), *carried, **knobs)
+        for label in falling.new_tensor([[0.0], [1.0]])
+    ]
+    return not torch.equal(*losses)
