@@ -13,7 +13,7 @@ from flowalign.align.reference import MOVING
 from flowalign.align.terms import Objective, Terms
 from flowalign.data.fill import Cached
 from flowalign.errors import ConfigError
-from flowalign.families.base import Level
+from flowalign.families.base import Family, Level
 from flowalign.settings import Config, Switches
 
 TINY = 1e-12
@@ -50,14 +50,30 @@ def time_weight(level: Level, switches: Switches) -> Tensor:
     return torch.ones_like(level.log_snr)
 
 
-def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
-    """Raise ConfigError for what does not go together with an objective, and with these comparisons."""
+def check(config: Config, family: Family, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
+    """Raise ConfigError for what does not go together with a family, with an objective, and with these comparisons."""
     name, kind, needs = config.objective.name, config.reference.kind, objective.needs
     pictures, num_chosen = comparisons[0].pictures.shape[1], comparisons[0].num_chosen
     if config.switches.safeguard is not None and pictures != 2:
         raise ConfigError(
             f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
             "pictures; set switches.safeguard=null."
+        )
+    if config.switches.mask == "given" and "mask" not in comparisons[0].attached:
+        raise ConfigError(
+            "switches.mask is 'given', but no comparison of data.train has a mask; fill in the column mask, or set "
+            "switches.mask=none."
+        )
+    if config.switches.noise == "stored" and config.data.flip:
+        raise ConfigError(
+            "switches.noise 'stored' trains pictures on the noise they were drawn from, and a mirrored picture was drawn from "
+            "none; set data.flip=false."
+        )
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    if config.switches.noise == "inverted" and not family.implied(one, one, one, zero).isfinite().all():
+        raise ConfigError(
+            f"switches.noise 'inverted' starts at the picture itself, and {config.model.checkpoint} predicts just that, which "
+            "says nothing about noise there; set switches.noise=shared, or take a checkpoint that predicts ε, v or a velocity."
         )
     for need in sorted(needs & {"scores", "grades"}):
         bare = sum(int(np.isnan(getattr(each, need)).any(1).sum()) for each in comparisons)

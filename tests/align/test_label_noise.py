@@ -85,8 +85,8 @@ def test_rdpo_that_knows_the_rate_has_the_mean_of_dpo_under_true_votes(prepared:
     assert abs(float(plain.mean()) - true) > 0.3
 
 
-def test_a_stopped_run_goes_on_with_the_same_turned_votes(settings: Callable[..., Config], tmp_path: Path) -> None:
-    common = (NOISE, "train.save_every=3", "sample.count=1")
+def test_a_stopped_run_goes_on_with_the_same_turned_votes_and_noise(settings: Callable[..., Config], tmp_path: Path) -> None:
+    common = (NOISE, "switches.noise=inverted", "switches.inversion_steps=1", "train.save_every=3", "sample.count=1")
     runs.align(settings(tmp_path / "whole", *common, "train.steps=5"), progress=False)
     runs.align(settings(tmp_path / "parts", *common, "train.steps=3"), progress=False)
     with pytest.raises(CheckpointError, match=r"switches\.label_noise was 0\.4 and is 0\.1"):
