@@ -27,6 +27,12 @@ def generator(seed: int, stream: str, step: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(key(seed, stream, step))
 
 
+def starting_noise(seed: int, shape: Sequence[int]) -> tuple[Tensor, torch.Generator]:
+    """What a picture of this seed is drawn from: standard normal numbers of `shape`, float32, and the generator after them."""
+    after = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=after), after
+
+
 @dataclass(frozen=True)
 class Keyed:
     """The random numbers of one run. `ids` name examples, `draws` count how often each has been drawn before."""

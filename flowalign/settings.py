@@ -118,8 +118,15 @@ class Switches(Section):
     """γ of min_snr"""
     sigmoid_bias: float = 0.0
     """b of sigmoid, which is σ(b − log SNR)"""
-    noise: Literal["shared", "independent"] = "shared"
-    """pictures of a comparison get one noise, or each its own"""
+    noise: Literal["shared", "independent", "stored", "inverted"] = "shared"
+    """pictures of a comparison get one noise, or each its own: drawn anew, the one it was made from (stored), or the one that
+    the reference takes it to (inverted)"""
+    inversion_steps: Positive = 10
+    """inverted: forward passes of the reference from the picture to its time"""
+    mask: Literal["none", "given"] = "none"
+    """given: errors count where the masks in the data are white"""
+    label_noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """probability that a training comparison's vote is turned around, once and for all, 0 to 0.5; for experiments"""
     beta: Literal["fixed", "batch", "target"] = "fixed"
     """β stays as it is, follows how far the pairs of the last step were apart, or moves towards `target_factor`"""
     target_factor: Annotated[float, Field(gt=0, lt=0.5)] = 0.3

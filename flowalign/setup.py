@@ -222,7 +222,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
-    check(config, objective, knobs, *(each.cached for each in (train, held_out) if each is not None))
+    check(config, family, objective, knobs, *(each.cached for each in (train, held_out) if each is not None))
 
     def over_ranks(values: Tensor) -> Tensor:
         return accelerator.reduce(values, "mean")

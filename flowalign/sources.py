@@ -27,7 +27,7 @@ def load_data(
     config: Config, family: Family, folder: Path, progress: bool, ranks: Ranks
 ) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
     """Open, split and cache the comparisons; the encoders leave memory afterwards."""
-    data = config.data
+    data, attached = config.data, _attached(config)
     resolution = data.resolution or family.resolution
 
     def open_(source: str, limit: int | None) -> Comparisons:
@@ -65,6 +65,7 @@ def load_data(
                 flips=flips,
                 on_bad_row=data.on_bad_row,
                 rewards=data.rewards,
+                attached=attached,
                 ranks=ranks,
                 progress=progress and ranks.main,
             )
@@ -97,6 +98,13 @@ def load_data(
     return sets["train"], sets.get("held_out"), summary
 
 
+def _attached(config: Config) -> tuple[str, ...]:
+    """What rows attach to their pictures and the configuration uses."""
+    switches = config.switches
+    used = {"mask": switches.mask == "given", "noise": switches.noise == "stored"}
+    return tuple(name for name, use in used.items() if use)
+
+
 def _index(config: Config, cache: LatentCache) -> Path | None:
     """Where what is found out about the sources is kept; None where their pictures may change without them."""
     data = config.data
@@ -104,4 +112,5 @@ def _index(config: Config, cache: LatentCache) -> Path | None:
     if None in stamps:
         return None
     passing = {"train", "validation", "cache", "workers"}  # what the stamps say, and what changes nothing
-    return index_path(cache, {"stamps": stamps, "seed": config.train.seed, **data.model_dump(mode="json", exclude=passing)})
+    how = data.model_dump(mode="json", exclude=passing) | {"attached": _attached(config)}
+    return index_path(cache, {"stamps": stamps, "seed": config.train.seed, **how})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,8 +24,8 @@ from flowalign.data.forecast import amount
 from flowalign.errors import ConfigError, NonFiniteError
 from flowalign.files import atomic
 
-Reference = Callable[[Batch], tuple[Tensor, Tensor]]
-"""A batch -> the reference's errors `[B, N]` and predictions `[B, N, C, h, w]`."""
+Reference = Callable[[Batch], Mapping[str, Tensor]]
+"""A batch -> the reference's `errors` `[B, N]`, and `predictions` and `noise` `[B, N, C, h, w]`, at least those wanted."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ReferenceBank:
     """`[n·K, N]` float32; row place·K + draw."""
     predictions: tuple[Tensor, ...] = ()
     """Per draw `[n, N, C, h, w]`, mapped from its file and read as rows are asked for."""
+    noise: tuple[Tensor, ...] = ()
+    """The same of the noise that the reference takes each picture to."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """The reference's errors `[B, N]` of a batch whose `positions` are place·K + draw."""
@@ -43,8 +45,16 @@ class ReferenceBank:
 
     def predicted(self, batch: Batch) -> Tensor:
         """The reference's predictions of that batch, `[B, N, C, h, w]`, as they were stored."""
-        places = [divmod(position, len(self.predictions)) for position in batch.positions]
-        return torch.stack([self.predictions[draw][place] for place, draw in places])
+        return _rows(self.predictions, batch)
+
+    def inverted(self, batch: Batch) -> Tensor:
+        """The noise of that batch, `[B, N, C, h, w]`."""
+        return _rows(self.noise, batch)
+
+
+def _rows(draws: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    places = [divmod(position, len(draws)) for position in batch.positions]
+    return torch.stack([draws[draw][place] for place, draw in places])
 
 
 @dataclass(frozen=True)
@@ -53,15 +63,18 @@ class Stored:
 
     precision: torch.dtype | None = None
     """Predictions in this precision; None keeps none. In the denoiser's own output precision nothing is rounded."""
+    noise: bool = False
+    """The noise that the reference takes pictures to, in float32: the errors are those at exactly this noise."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return ("errors",) if self.precision is None else ("errors", "predictions")
+    def large(self) -> dict[str, torch.dtype]:
+        """What is kept in the size of latents, and in which precision."""
+        predictions = {} if self.precision is None else {"predictions": self.precision}
+        return predictions | ({"noise": torch.float32} if self.noise else {})
 
     def size(self, rows: int, latents: tuple[int, ...]) -> int:
         """Bytes on disk of so many comparisons (times draws) with latents `[N, C, h, w]`."""
-        predictions = 0 if self.precision is None else self.precision.itemsize * math.prod(latents)
-        return rows * (4 * latents[0] + predictions)
+        return rows * (4 * latents[0] + sum(precision.itemsize for precision in self.large.values()) * math.prod(latents))
 
 
 def fill_bank(
@@ -97,7 +110,8 @@ def fill_bank(
                 bar.update(count)
             found.append(rows)
     errors = torch.stack([rows["errors"] for rows in found], dim=1).flatten(0, 1)
-    return ReferenceBank(errors, tuple(rows["predictions"] for rows in found if stored.precision is not None))
+    large = {name: tuple(rows[name] for rows in found) for name in stored.large}
+    return ReferenceBank(errors, **large)
 
 
 def _announce(folder: Path, size: int, bar: tqdm) -> None:
@@ -117,13 +131,13 @@ def _compute(
 ) -> dict[str, Tensor]:
     pictures, *shape = first.mean.shape[1:]
     rows = {"errors": torch.full((count, pictures), torch.nan)}
-    if stored.precision is not None:
-        rows["predictions"] = torch.full((count, pictures, *shape), torch.nan, dtype=stored.precision)
+    for name, precision in stored.large.items():
+        rows[name] = torch.full((count, pictures, *shape), torch.nan, dtype=precision)
     for batch in chain([first], others):
         places = torch.tensor(batch.positions) // draws
-        for name, values in zip(("errors", "predictions"), reference(batch), strict=True):
-            if name in rows:
-                rows[name][places] = values.to("cpu", rows[name].dtype)
+        answer = reference(batch)
+        for name, values in rows.items():
+            values[places] = answer[name].to("cpu", values.dtype)
         bar.update(min(len(batch), bar.total - bar.n))
     if not all(values.isfinite().all() for values in rows.values()):
         raise NonFiniteError(
@@ -139,5 +153,5 @@ def _read(path: Path, count: int, stored: Stored) -> dict[str, Tensor] | None:
         rows = load_file(path)
     except (OSError, SafetensorError):
         return None
-    whole = all(name in rows and len(rows[name]) == count for name in stored.names)
+    whole = all(name in rows and len(rows[name]) == count for name in ("errors", *stored.large))
     return rows if whole and bool(rows["errors"].isfinite().all()) else None

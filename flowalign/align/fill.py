@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from flowalign.align.bank import ReferenceBank, Stored, fill_bank
 from flowalign.align.step import PreferenceStep
@@ -21,9 +22,10 @@ from flowalign.rng import Keyed
 from flowalign.settings import Config
 
 
-def stored_for(needs: frozenset[str], precision: str) -> Stored:
-    """What a bank keeps for an objective with these needs: errors always, predictions only where it needs the drift."""
-    return Stored(PRECISIONS[precision] if "drift" in needs else None)
+def stored_for(needs: frozenset[str], config: Config) -> Stored:
+    """What a bank keeps for an objective with these needs: errors always, predictions where it needs the drift, and noise."""
+    precision = PRECISIONS[config.train.precision] if "drift" in needs else None
+    return Stored(precision, noise=config.switches.noise == "inverted")
 
 
 def fill_banks(
@@ -47,7 +49,7 @@ def fill_banks(
             "set reference.bank=null."
         )
     cfg, device = config.train, accelerator.device
-    stored = stored_for(step.objective.needs, cfg.precision)
+    stored = stored_for(step.objective.needs, config)
     shared = {
         "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
         "compute": [
@@ -78,15 +80,21 @@ def fill_banks(
         key = (
             shared
             | {"seed": seed, "draws": draws, "timesteps": [fixed.timesteps, *fixed.between], "resolution": data.resolution}
-            | {"noise": fixed.switches.noise}
+            | {"noise": [fixed.switches.noise, fixed.switches.inversion_steps if stored.noise else None]}
             | settings
         )
+
+        def answer(batch: Batch) -> dict[str, Tensor]:
+            batch = fixed.with_noise(batch, rng)
+            errors, predictions = fixed.for_bank(batch, rng)
+            return {"errors": errors, "predictions": predictions} | ({} if batch.noise is None else {"noise": batch.noise})
+
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
         with accelerator.main_process_first():
             return fill_bank(
                 folder / f"bank-{name}",
                 batches,
-                lambda batch: fixed.for_bank(batch, rng),
+                answer,
                 count=len(data),
                 draws=draws,
                 stored=stored,

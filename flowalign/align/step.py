@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
+from flowalign.align.inversion import inverted
 from flowalign.align.switches import safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -57,23 +58,40 @@ class PreferenceStep:
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
     def on_held_out(self, bank: ReferenceBank | None = None) -> PreferenceStep:
-        """The step whose times are spread evenly over the whole schedule, however those of training are drawn."""
-        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank)
+        """The step with times spread evenly over the whole schedule and true labels, however those of training are drawn."""
+        honest = self.switches.model_copy(update={"label_noise": 0.0})
+        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank, switches=honest)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws.
 
-        Where `switches.noise` is independent, each has noise of its own.
+        Where `switches.noise` is not shared, each has noise of its own: what the batch holds, or drawn.
         """
-        pictures, shape = batch.mean.shape[1], batch.mean.shape[2:]
-        own = (pictures if self.switches.noise == "independent" else 1, *shape)
-        draws = [rng.normal("posterior", batch.ids, batch.draws, shape), rng.normal("noise", batch.ids, batch.draws, own)]
-        t = self._times(batch, rng)
-        mean, std, posterior, noise, t = (self._ship(tensor) for tensor in (batch.mean, batch.std, *draws, t))
-        x0 = (mean + std * posterior[:, None]).flatten(0, 1)
-        t = t.repeat_interleave(pictures)
-        x_t, target = self.family.noisy(x0, noise.expand_as(mean).flatten(0, 1), t)
+        x0, t = self._drawn(batch, rng)
+        own = (batch.mean.shape[1] if self.switches.noise == "independent" else 1, *batch.mean.shape[2:])
+        noise = rng.normal("noise", batch.ids, batch.draws, own) if batch.noise is None else batch.noise
+        x_t, target = self.family.noisy(x0, self._ship(noise).expand(batch.mean.shape).flatten(0, 1), t)
         return x_t.contiguous(memory_format=self.memory_format), target, t
+
+    def with_noise(self, batch: Batch, rng: Keyed) -> Batch:
+        """The batch with the noise that the reference takes each of its pictures to, stored or found now, if that is wanted."""
+        if self.switches.noise != "inverted" or batch.noise is not None:
+            return batch
+        if self.bank is not None:
+            return replace(batch, noise=self.bank.inverted(batch))
+        (x0, t), conditioning = self._drawn(batch, rng), self.told(batch)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self._anchor(x.contiguous(memory_format=self.memory_format), t, conditioning)
+
+        noise = inverted(self.family, predict, x0, t, self.switches.inversion_steps)
+        return replace(batch, noise=noise.view(batch.mean.shape))
+
+    def _drawn(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
+        """(x0 `[B·N, C, h, w]`, t `[B·N]`) on the device."""
+        posterior = rng.normal("posterior", batch.ids, batch.draws, batch.mean.shape[2:])
+        mean, std, posterior, t = (self._ship(each) for each in (batch.mean, batch.std, posterior, self._times(batch, rng)))
+        return (mean + std * posterior[:, None]).flatten(0, 1), t.repeat_interleave(batch.mean.shape[1])
 
     def told(self, batch: Batch) -> Conditioning:
         """What the denoiser is told about each of the B·N pictures."""
@@ -83,10 +101,11 @@ class PreferenceStep:
     def terms(self, batch: Batch, rng: Keyed) -> Terms:
         """Policy and reference errors of the batch; gradients flow into the policy's."""
         count, pictures = batch.mean.shape[:2]
+        batch, root = self.with_noise(batch, rng), self._root(batch)
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
         prediction = self._predict(self.policy, x_t, t, conditioning)
-        residual = prediction - target
+        residual = _weighed(prediction - target, root)
         error = _mean_square(residual).view(count, pictures)
         dot = None
         if self.switches.safeguard is not None or "residual_dot" in self.objective.needs:
@@ -101,13 +120,13 @@ class PreferenceStep:
             anchor = self._ship(self.bank.predicted(batch)).flatten(0, 1) if "drift" in self.objective.needs else None
         elif held_against:
             anchor = self._anchor(x_t, t, conditioning)
-            reference_error = _mean_square(anchor - target).view(count, pictures)
+            reference_error = _mean_square(_weighed(anchor - target, root)).view(count, pictures)
         with_drift = anchor is not None and "drift" in self.objective.needs
         return Terms(
             policy_error=error,
             reference_error=reference_error,
-            drift=_mean_square(prediction - anchor).view(count, pictures) if with_drift else None,
-            preference=self._ship(batch.preference),
+            drift=_mean_square(_weighed(prediction - anchor, root)).view(count, pictures) if with_drift else None,
+            preference=self._labels(batch, rng),
             num_chosen=self.num_chosen,
             residual_dot=dot,
             scores=self._given(batch.scores, "scores"),
@@ -118,7 +137,12 @@ class PreferenceStep:
         """What a bank stores: the reference's errors `[B, N]` and its predictions `[B, N, C, h, w]`, float32."""
         x_t, target, t = self.noised(batch, rng)
         anchor = self._anchor(x_t, t, self.told(batch))
-        return _mean_square(anchor - target).view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
+        error = _mean_square(_weighed(anchor - target, self._root(batch)))
+        return error.view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
+
+    def _root(self, batch: Batch) -> Tensor | None:
+        """√m of each picture's mask, `[B·N, 1, h, w]`: with residuals times it, means of products are those weighted by m."""
+        return None if batch.mask is None else self._ship(batch.mask).sqrt().flatten(0, 1)[:, None]
 
     @torch.no_grad()
     def _anchor(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -251,15 +275,27 @@ class PreferenceStep:
         low, high = self.between
         return low + (high - low) * sampler.bend(even, batch, self.family)
 
+    def _labels(self, batch: Batch, rng: Keyed) -> Tensor:
+        """`[B]` preferences; those of some comparisons, the same ones in every epoch, are turned around by label noise."""
+        true, rate = self._ship(batch.preference), self.switches.label_noise
+        if not rate:
+            return true
+        turned = rng.uniform("label-noise", batch.ids, (0,) * len(batch)) < rate
+        return torch.where(self._ship(turned), 1 - true, true)
+
     def _given(self, values: Tensor | None, need: str) -> Tensor | None:
         return self._ship(values) if values is not None and need in self.objective.needs else None
 
     def _ship(self, tensor: Tensor) -> Tensor:
         """To the device without waiting for it."""
-        if self.device.type == "cuda" and not tensor.is_pinned():
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         dtype = torch.float32 if tensor.is_floating_point() else None
         return tensor.to(self.device, dtype, non_blocking=True)
+
+
+def _weighed(residual: Tensor, root: Tensor | None) -> Tensor:
+    return residual if root is None else root * residual
 
 
 def _mean_square(residual: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from flowalign.align.reference import MOVING
 from flowalign.align.terms import Objective, Terms
 from flowalign.data.fill import Cached
 from flowalign.errors import ConfigError
-from flowalign.families.base import Level
+from flowalign.families.base import Family, Level
 from flowalign.settings import Config, Switches
 
 TINY = 1e-12
@@ -50,14 +50,30 @@ def time_weight(level: Level, switches: Switches) -> Tensor:
     return torch.ones_like(level.log_snr)
 
 
-def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
-    """Raise ConfigError for what does not go together with an objective, and with these comparisons."""
+def check(config: Config, family: Family, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
+    """Raise ConfigError for what does not go together with a family, with an objective, and with these comparisons."""
     name, kind, needs = config.objective.name, config.reference.kind, objective.needs
     pictures, num_chosen = comparisons[0].pictures.shape[1], comparisons[0].num_chosen
     if config.switches.safeguard is not None and pictures != 2:
         raise ConfigError(
             f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
             "pictures; set switches.safeguard=null."
+        )
+    if config.switches.mask == "given" and "mask" not in comparisons[0].attached:
+        raise ConfigError(
+            "switches.mask is 'given', but no comparison of data.train has a mask; fill in the column mask, or set "
+            "switches.mask=none."
+        )
+    if config.switches.noise == "stored" and config.data.flip:
+        raise ConfigError(
+            "switches.noise 'stored' trains pictures on the noise they were drawn from, and a mirrored picture was drawn from "
+            "none; set data.flip=false."
+        )
+    one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    if config.switches.noise == "inverted" and not family.implied(one, one, one, zero).isfinite().all():
+        raise ConfigError(
+            f"switches.noise 'inverted' starts at the picture itself, and {config.model.checkpoint} predicts just that, which "
+            "says nothing about noise there; set switches.noise=shared, or take a checkpoint that predicts ε, v or a velocity."
         )
     for need in sorted(needs & {"scores", "grades"}):
         bare = sum(int(np.isnan(getattr(each, need)).any(1).sum()) for each in comparisons)
@@ -77,6 +93,12 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
             f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
             "unpaired pictures (flowalign objectives lists them), or data of pairs."
         )
+    if config.switches.label_noise and (config.switches.safeguard is not None or config.switches.winner_nll):
+        raise ConfigError(
+            f"switches.label_noise {config.switches.label_noise:g} turns votes around, and switches.safeguard and "
+            "switches.winner_nll hold the first picture for the chosen one whatever the vote; set them to null and 0, or "
+            "switches.label_noise=0."
+        )
     ones = torch.ones(1, pictures)
     given = {each: ones[:, 0] if each == "residual_dot" else ones for each in needs - {"reference", "drift"}}
     try:
@@ -85,6 +107,25 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
         objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *scalars, **knobs)
     except ValueError as error:
         raise ConfigError(f"objective.name {name!r} cannot be used with these data: {error}.") from error
+    if config.switches.label_noise and not reads_votes(objective, knobs, pictures, num_chosen):
+        raise ConfigError(
+            f"switches.label_noise {config.switches.label_noise:g} turns votes around, but objective.name {name!r} reads none; "
+            "set switches.label_noise=0, or choose another objective."
+        )
+
+
+def reads_votes(objective: Objective, knobs: dict[str, Any], pictures: int, num_chosen: int) -> bool:
+    """Whether the loss of a comparison of so many pictures depends on its label."""
+    falling = torch.linspace(1, 0, pictures, dtype=torch.float64)[None]
+    error = 1 - 1e-4 * falling  # so near the reference's that no loss is saturated
+    given = {"scores": falling, "grades": falling, "residual_dot": error[:, 0]}
+    carried = Carried.of(objective, knobs, torch.device("cpu"))
+    scalars = () if carried is None else (carried.scalars,)
+    losses = [
+        objective(Terms(error, torch.ones_like(error), 1 - error, label, num_chosen, **given), *scalars, **knobs)
+        for label in falling.new_tensor([[0.0], [1.0]])
+    ]
+    return not torch.equal(*losses)
 
 
 def _check_beta(how: str, name: str, objective: Objective, knobs: dict[str, Any], *, alone: bool) -> None:

@@ -74,6 +74,10 @@ class Batch:
     """`[B, N]` float32, a reward of each picture, see `Data.rewards`; NaN where there is none."""
     grades: Tensor | None = None
     """`[B, N]` float32, relevance of each picture in a ranked list; NaN where there is none."""
+    mask: Tensor | None = None
+    """`[B, N, H, W]` float32, how much each place of a picture counts, with mean 1; None where no row has a mask."""
+    noise: Tensor | None = None
+    """`[B, N, C, H, W]` float32, the noise that each picture gets; None where it is drawn."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,6 +94,5 @@ class Batch:
             self.ids,
             self.draws,
             self.positions,
-            None if self.scores is None else self.scores.pin_memory(),
-            None if self.grades is None else self.grades.pin_memory(),
+            *(None if each is None else each.pin_memory() for each in (self.scores, self.grades, self.mask, self.noise)),
         )

@@ -1,6 +1,7 @@
 """The latent and conditioning cache on disk: every picture and every prompt is encoded once, whatever is trained on it.
 
     CACHE/images-<encoder>-<resolution>-<dtype>/about.json, ab/abcd....safetensors    mean, logvar  [C, h, w]; geometry [6]
+                                                                                  and what is attached: mask, noise
     CACHE/prompts-<encoder>/about.json,                     ab/abcd....safetensors    conditioning  [...]
 
 An entry's name is a hash of what it was made from, and entries appear by a rename, so several processes may fill one
@@ -78,19 +79,22 @@ class LatentCache:
         paths = (self.image_path(digest.tobytes(), flip) for digest in unique for flip in flips)
         return all(path.exists() for path in paths) and all(self.prompt_path(prompt).exists() for prompt in ("", *prompts))
 
-    def write_image(self, path: Path, mean: Tensor, std: Tensor, geometry: Sequence[int]) -> None:
-        """Latents `[C, h, w]` and `images.geometry`.
+    def write_image(
+        self, path: Path, mean: Tensor, std: Tensor, geometry: Sequence[int], attached: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Latents `[C, h, w]`, `images.geometry`, and `Attached.tensors`.
 
         A standard deviation of 0 becomes a log-variance of minus infinity and comes back as 0.
         """
         logvar = 2 * std.float().log()
-        numbers = torch.tensor(geometry, dtype=torch.int32)
-        _write(path, {"mean": mean.to(self.dtype), "logvar": logvar.to(self.dtype), "geometry": numbers})
+        latents = {"mean": mean.to(self.dtype), "logvar": logvar.to(self.dtype)}
+        _write(path, {**latents, "geometry": torch.tensor(geometry, dtype=torch.int32), **(attached or {})})
 
-    def read_image(self, path: Path) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and standard deviation `[C, h, w]` and geometry `[6]`, float32. Raises DataError if missing or damaged."""
-        tensors = _read(path)
-        return tensors["mean"].float(), (tensors["logvar"].float() / 2).exp(), tensors["geometry"].float()
+    def read_image(self, path: Path) -> dict[str, Tensor]:
+        """`mean` and `std` `[C, h, w]`, `geometry` `[6]`, then what is attached, float32. Raises DataError if it is damaged."""
+        tensors = {name: tensor.float() for name, tensor in _read(path).items()}
+        mean, std, geometry = tensors.pop("mean"), (tensors.pop("logvar") / 2).exp(), tensors.pop("geometry")
+        return {"mean": mean, "std": std, "geometry": geometry, **tensors}
 
     def write_prompt(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         _write(path, tensors)

@@ -19,7 +19,28 @@ from flowalign.errors import DataError, allowed
 
 CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)(?::(?P<column>\w+))?")
 PROMPTS = ("prompt", "caption")
-OPTIONAL = ("weight", "margin", "preference", "num_chosen", "scores", "grades", "generator", "seed", "objective_weights")
+OPTIONAL = (
+    "weight",
+    "margin",
+    "preference",
+    "num_chosen",
+    "scores",
+    "grades",
+    "generator",
+    "seed",
+    "noise",
+    "mask",
+    "objective_weights",
+)
+TWO_SIDES = {
+    "chosen_rejected": ("chosen", "rejected"),
+    "longcat": ("img_path_win", "img_path_lose"),
+    "win_lose": ("img_win", "img_lose"),
+}
+SIDED = ("seed", "noise", "mask")
+"""Optional columns that conventions with two sides also take for each side, as in `chosen_seed` and `rejected_seed`."""
+FREE = {*PROMPTS, *OPTIONAL, *(f"{side}_{name}" for sides in TWO_SIDES.values() for side in sides for name in SIDED)}
+"""Columns that say nothing about the convention."""
 
 
 class Pictures:
@@ -191,10 +212,19 @@ def image_reward_index(rows: Rows) -> np.ndarray:
 
 
 def two_columns(chosen: str, rejected: str) -> Callable[[Row], dict[str, Any]]:
-    """A column of chosen pictures and one of rejected ones, each one picture or a list, and flowalign's optional columns."""
+    """A column of chosen pictures and one of rejected ones, each one picture or a list, and flowalign's optional columns.
+
+    Those of SIDED may be given for each side.
+    """
 
     def build(row: Row) -> dict[str, Any]:
-        images = row.images(chosen)
+        images, joined = row.images(chosen), {}
+        for name in SIDED:
+            columns = f"{chosen}_{name}", f"{rejected}_{name}"
+            if any(row.values.get(column) is not None for column in columns):
+                values = [row.get(column) for column in columns]
+                joined[name] = [each for value in values for each in (value if isinstance(value, list | tuple) else [value])]
+        row = dataclasses.replace(row, values={**row.values, **joined})
         return {"num_chosen": len(images)} | optional(row, {"images": images + row.images(rejected)})
 
     return build
@@ -230,6 +260,8 @@ def optional(row: Row, fields: dict[str, Any]) -> dict[str, Any]:
                 }
             elif name in ("grades", "objective_weights"):
                 value = tuple(number(v, name) for v in value)
+            elif name in ("noise", "mask"):
+                value = row.images(name) * (1 if isinstance(value, list | tuple) else count)
             elif name == "generator":
                 value = (value,) * count if isinstance(value, str) else tuple(map(str, value))
             else:
@@ -250,9 +282,7 @@ def conventions() -> tuple[Convention, ...]:
         Convention("hpd_v2", ("file_path", "human_preference"), hpd_v2),
         Convention("hpd_v2_ranked", ("image_path", "rank"), hpd_v2_ranked),
         Convention("image_reward", ("image", "prompt_id", "rank"), image_reward, image_reward_index),
-        Convention("chosen_rejected", ("chosen", "rejected"), two_columns("chosen", "rejected")),
-        Convention("longcat", ("img_path_win", "img_path_lose"), two_columns("img_path_win", "img_path_lose")),
-        Convention("win_lose", ("img_win", "img_lose"), two_columns("img_win", "img_lose")),
+        *(Convention(name, sides, two_columns(*sides)) for name, sides in TWO_SIDES.items()),
         Convention("unpaired", ("image", "label"), unpaired),
         Convention("native", ("images",), native),
     )
@@ -264,14 +294,14 @@ def detect(found: Iterable[str], overrides: Mapping[str, str], source: str) -> C
     Raises DataError naming the columns and the conventions.
     """
     found = tuple(found)
-    known = {name for convention in conventions() for name in convention.columns} | {*PROMPTS, *OPTIONAL}
+    known = {name for convention in conventions() for name in convention.columns} | FREE
     for name, column in overrides.items():
         if name not in known:
             raise DataError(f"columns names {name!r}, which no convention has; {allowed(name, known)}")
         if column not in found:
             raise DataError(f"{source} has no column {column!r} to use as {name!r}; {allowed(column, found)}")
     present = {*found, *overrides}
-    wanted = {*overrides} - {*PROMPTS, *OPTIONAL}  # an override says which convention is meant
+    wanted = {*overrides} - FREE  # an override says which convention is meant
     for convention in conventions():
         if wanted <= {*convention.columns} <= present and present & {*PROMPTS}:
             return convention

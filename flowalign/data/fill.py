@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from flowalign.data.attached import attached_to
 from flowalign.data.batch import Conditioning
 from flowalign.data.cache import LatentCache
 from flowalign.data.forecast import Forecast
@@ -44,7 +45,7 @@ class Cached:
     indices: np.ndarray
     """int64 `[n]`: places in the Comparisons."""
     pictures: np.ndarray
-    """uint8 `[n, N, 32]`: sha256 of each picture's bytes, best first."""
+    """uint8 `[n, N, 32]`: sha256 of each picture's bytes, best first, and of what is attached to it."""
     prompts: tuple[str, ...]
     """Distinct prompts."""
     prompt: np.ndarray
@@ -66,6 +67,8 @@ class Cached:
     """Rows that were asked for and cannot be used."""
     inside: bool
     """Whether every picture lies in the row that names it, so that it cannot change without the source's own files."""
+    attached: tuple[str, ...] = ()
+    """What entries hold beside latents: noise, or masks, which some may lack."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,6 +81,8 @@ class Fitted(NamedTuple):
     """uint8 `[3, H, W]`"""
     geometry: tuple[int, ...]
     """see `images.geometry`"""
+    attached: Mapping[str, Tensor]
+    """see `Attached.tensors`"""
 
 
 class Ranks(Protocol):
@@ -118,7 +123,7 @@ BLOCK = 64
 """Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
 ELSEWHERE = bytes(32)
 """Stands for the sha256 of a picture that another process reads."""
-ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4")]
+ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?")]
 
 
 def fill(
@@ -132,6 +137,7 @@ def fill(
     on_bad_row: str = "skip",
     workers: int = 4,
     rewards: Mapping[str, float] | None = None,
+    attached: Collection[str] = (),
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
@@ -140,7 +146,8 @@ def fill(
     Pictures are read and decoded by `workers` threads and encoded `batch_size` at a time, on whatever device the family
     uses; equal picture files and equal prompts are encoded once. on_bad_row: "skip" lists rows whose picture is missing,
     damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError. rewards: which scores
-    count, and with what weight; None or empty takes the only one there is.
+    count, and with what weight; None or empty takes the only one there is. attached: which of "mask" and "noise" are read and
+    cached with the latents.
 
     Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
     names or by the row that holds them, and all get the same Cached. They must see one cache folder.
@@ -169,11 +176,12 @@ def fill(
     worth = np.zeros((2, len(indices), 0), np.float32)
     shape: tuple[int, int] | None = None
     inside = True
+    prepare = partial(_prepare, cache, comparisons, flips, ranks, _shape(cache, family) if attached else (), attached)
 
     if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
         texts.add(path, "")
     with tqdm(total=len(indices), desc="caching latents and prompts", unit="row", disable=not progress) as bar:
-        for step, ready in enumerate(_prepared(cache, comparisons, indices, flips, workers, ranks)):
+        for step, ready in enumerate(_prepared(prepare, indices, workers)):
             bar.update()
             if isinstance(ready, DataError):
                 if on_bad_row == "error":
@@ -181,7 +189,7 @@ def fill(
                 reasons[step] = str(ready)
                 continue
             comparison = ready.comparison
-            inside = inside and all(image.in_row for image in comparison.images)
+            inside = inside and comparison.in_row
             if shape is None:
                 shape = len(comparison.images), comparison.num_chosen
                 digests = np.zeros((len(indices), shape[0], 32), np.uint8)
@@ -194,7 +202,8 @@ def fill(
             prompt = prompts.setdefault(comparison.prompt, len(prompts))
             if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
                 texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
-            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight
+            masked = comparison.mask is not None
+            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight, masked
             worth[:, step] = _score(comparison, rewards or {}), comparison.grades or np.full(shape[0], np.nan)
             digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
@@ -224,7 +233,15 @@ def fill(
         flips=flips,
         bad=bad,
         inside=inside,
+        attached=tuple(name for name in sorted(attached) if name != "mask" or rows["masked"].any()),
     )
+
+
+@torch.no_grad()
+def _shape(cache: LatentCache, family: Encoder) -> tuple[int, ...]:
+    """`(C, h, w)` of a picture's latents."""
+    mean, _ = family.encode_images(torch.zeros(1, 3, cache.resolution, cache.resolution))
+    return tuple(mean.shape[1:])
 
 
 def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:
@@ -267,7 +284,7 @@ def _encode_images(cache: LatentCache, family: Encoder, paths: list[Path], pictu
             "the picture encoder gives NaN or infinity; run it in float32, or use a VAE made for half precision"
         )
     for row, path in enumerate(paths):
-        cache.write_image(path, mean[row], std[row], pictures[row].geometry)
+        cache.write_image(path, mean[row], std[row], pictures[row].geometry, pictures[row].attached)
 
 
 @torch.no_grad()
@@ -280,18 +297,13 @@ def _encode_prompts(cache: LatentCache, family: Encoder, paths: list[Path], prom
 
 
 def _prepared(
-    cache: LatentCache,
-    comparisons: Sequence[Comparison],
-    indices: Iterable[int],
-    flips: tuple[bool, ...],
-    workers: int,
-    ranks: Ranks,
+    prepare: Callable[[int], _Ready | DataError], indices: Iterable[int], workers: int
 ) -> Iterator[_Ready | DataError]:
     """What the threads made of each place, in order; a few rows ahead of the encoder and no more."""
     waiting: deque[Future[_Ready | DataError]] = deque()
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
         for place in map(int, indices):
-            waiting.append(pool.submit(_prepare, cache, comparisons, place, flips, ranks))
+            waiting.append(pool.submit(prepare, place))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -299,7 +311,13 @@ def _prepared(
 
 
 def _prepare(
-    cache: LatentCache, comparisons: Sequence[Comparison], place: int, flips: tuple[bool, ...], ranks: Ranks
+    cache: LatentCache,
+    comparisons: Sequence[Comparison],
+    flips: tuple[bool, ...],
+    ranks: Ranks,
+    shape: tuple[int, ...],
+    wanted: Collection[str],
+    place: int,
 ) -> _Ready | DataError:
     try:
         comparison = comparisons[place]
@@ -307,19 +325,22 @@ def _prepare(
         return error
     digests: list[bytes] = []
     misses: dict[Path, Fitted] = {}
-    for image in comparison.images:
+    for number, image in enumerate(comparison.images):
         if (place // BLOCK if image.in_row else key63(image.name)) % ranks.count != ranks.index:
             digests.append(ELSEWHERE)
             continue
         try:
             data = image.read()
-            digest = hashlib.sha256(data).digest()
+            attached = attached_to(comparison, number, wanted)
+            digest = attached.digest(hashlib.sha256(data).digest())
             paths = {cache.image_path(digest, flip): flip for flip in flips}
             missing = {path: flip for path, flip in paths.items() if path not in misses and not path.exists()}
             if missing:
                 picture = decode(data)
                 cut = geometry(picture, cache.resolution)
-                misses |= {path: Fitted(fit(picture, cache.resolution, flip=flip), cut) for path, flip in missing.items()}
+                for path, flip in missing.items():
+                    beside = attached.tensors(picture, cache.resolution, shape, flip=flip)
+                    misses[path] = Fitted(fit(picture, cache.resolution, flip=flip), cut, beside)
         except DataError as error:
             return DataError(f"{comparison.source or place}, picture {image.name}: {error}")
         digests.append(digest)

@@ -41,8 +41,15 @@ def decode(data: bytes) -> Image.Image:
     return picture.convert("RGB")
 
 
-def fit(picture: Image.Image, resolution: int, *, flip: bool = False, multiple: int = 1) -> np.ndarray:
-    """RGB picture of any size -> uint8 `[3, resolution, resolution]`: the centre square, resized with a Lanczos filter.
+def fit(
+    picture: Image.Image,
+    resolution: int,
+    *,
+    flip: bool = False,
+    multiple: int = 1,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
+    """RGB picture of any size -> uint8 `[3, resolution, resolution]`: the centre square, resized with a filter.
 
     Nothing is stretched and nothing is random, so two pictures of a comparison are always cut alike; `flip` mirrors
     left and right. Raises ConfigError if `resolution` is not a positive multiple of `multiple`.
@@ -50,7 +57,7 @@ def fit(picture: Image.Image, resolution: int, *, flip: bool = False, multiple: 
     check_resolution(resolution, multiple)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    square = picture.resize((resolution, resolution), resample, box=(left, top, left + side, top + side))
     pixels = np.asarray(square).transpose(2, 0, 1)
     return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
 

@@ -41,6 +41,7 @@ def write_index(path: Path, parts: Mapping[str, Cached], about: Mapping[str, Any
         arrays |= {f"{name}/{array}": np.ascontiguousarray(getattr(cached, array)) for array in ARRAYS}
         arrays[f"{name}/texts"] = np.frombuffer(json.dumps(cached.prompts).encode(), np.uint8).copy()
         plain = {"num_chosen": cached.num_chosen, "flips": cached.flips, "inside": cached.inside}
+        plain["attached"] = cached.attached
         rest[name] = plain | {"bad": [asdict(row) for row in cached.bad]}
     with atomic(path) as temporary:
         save_file(arrays, temporary, {"parts": json.dumps(rest), "about": json.dumps(about)})
@@ -57,7 +58,7 @@ def read_index(path: Path, cache: LatentCache) -> tuple[dict[str, Cached], dict[
                 arrays = {array: file.get_tensor(f"{name}/{array}") for array in ARRAYS}
                 texts = json.loads(bytes(file.get_tensor(f"{name}/texts")))
                 bad = tuple(BadRow(**row) for row in plain.pop("bad"))
-                plain["flips"] = tuple(plain["flips"])
+                plain |= {"flips": tuple(plain["flips"]), "attached": tuple(plain["attached"])}
                 parts[name] = Cached(**arrays, **plain, prompts=tuple(texts), bad=bad)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -48,14 +48,13 @@ class PairDataset(Dataset[Batch]):
         self._prompts = (*cached.prompts, "")  # the last one is what caption dropout gives
         self._preference, self._weight = torch.from_numpy(cached.preference), torch.from_numpy(cached.weight)
         self._scores, self._grades = torch.from_numpy(cached.scores), torch.from_numpy(cached.grades)
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None  # mean, standard deviation, geometry
+        self._held: dict[str, Tensor] | None = None  # of each variant and picture, by the names of Batch
         self._conditioning: Conditioning | None = None
-        mean, std, _ = self._latents(0, cached.flips[0])
-        prompt = cache.read_prompt(cache.prompt_path(""))
-        size = (mean.nbytes + std.nbytes) * len(unique) * len(cached.flips)
+        entry, prompt = self._latents(0, cached.flips[0]), cache.read_prompt(cache.prompt_path(""))
+        size = sum(tensor.nbytes for tensor in entry.values()) * len(unique) * len(cached.flips)
         size += sum(tensor.nbytes for tensor in prompt.values()) * len(self._prompts)
         if size <= memory:
-            self._load(mean.shape, progress)
+            self._load(entry, progress)
 
     def __len__(self) -> int:
         return len(self.cached)
@@ -79,16 +78,15 @@ class PairDataset(Dataset[Batch]):
         prompts = [len(self._prompts) - 1 if item.drop else int(self.cached.prompt[item.place]) for item in items]
         if self._held is not None and self._conditioning is not None:
             variants = torch.tensor([self.cached.flips.index(flip) for flip in flips]).unsqueeze(1)
-            mean, std, geometry = (part[variants, pictures] for part in self._held)
+            parts = {name: part[variants, pictures] for name, part in self._held.items()}
             conditioning = self._conditioning[torch.tensor(prompts)]
         else:
             rows = [self._latents(int(each), flip) for row, flip in zip(pictures, flips, strict=True) for each in row]
-            mean, std, geometry = (torch.stack(part).view(*pictures.shape, *part[0].shape) for part in zip(*rows, strict=True))
+            stacks = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            parts = {name: stack.view(*pictures.shape, *stack.shape[1:]) for name, stack in stacks.items()}
             conditioning = Conditioning.stack([self._prompt(prompt) for prompt in prompts])
         return Batch(
-            mean=mean,
-            std=std,
-            geometry=geometry,
+            **parts,
             conditioning=conditioning,
             preference=self._preference[index],
             weight=self._weight[index],
@@ -99,22 +97,25 @@ class PairDataset(Dataset[Batch]):
             grades=self._grades[index],
         )
 
-    def _latents(self, picture: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return self._cache.read_image(self._cache.image_path(self._digests[picture].tobytes(), flip))
+    def _latents(self, picture: int, flip: bool) -> dict[str, Tensor]:
+        """By the names of Batch; a picture without a mask counts everywhere where others have one."""
+        entry = self._cache.read_image(self._cache.image_path(self._digests[picture].tobytes(), flip))
+        if "mask" in self.cached.attached and "mask" not in entry:
+            entry["mask"] = torch.ones(entry["mean"].shape[-2:])
+        return entry
 
     def _prompt(self, prompt: int) -> dict[str, Tensor]:
         return self._cache.read_prompt(self._cache.prompt_path(self._prompts[prompt]))
 
-    def _load(self, shape: torch.Size, progress: bool) -> None:
-        mean = torch.empty(len(self.cached.flips), len(self._digests), *shape)
-        std = torch.empty_like(mean)
-        geometry = torch.empty(*mean.shape[:2], 6)
+    def _load(self, first: Mapping[str, Tensor], progress: bool) -> None:
+        count = len(self.cached.flips), len(self._digests)
+        held = {name: torch.empty(*count, *tensor.shape) for name, tensor in first.items()}
         for picture in tqdm(range(len(self._digests)), desc="loading cached latents", unit="picture", disable=not progress):
             for variant, flip in enumerate(self.cached.flips):
-                entry = self._latents(picture, flip)
-                mean[variant, picture], std[variant, picture], geometry[variant, picture] = entry
+                for name, tensor in self._latents(picture, flip).items():
+                    held[name][variant, picture] = tensor
         self._conditioning = Conditioning.stack([self._prompt(prompt) for prompt in range(len(self._prompts))])
-        self._held = mean, std, geometry
+        self._held = held
 
 
 class PairStream:

@@ -135,12 +135,16 @@ class Comparison:
     """What made each picture."""
     seed: tuple[int, ...] | None = None
     """With which seed each picture was made."""
+    noise: tuple[ImageRef, ...] | None = None
+    """Files with the noise that each picture was drawn from, see `attached.Attached`."""
+    mask: tuple[ImageRef, ...] | None = None
+    """Where each picture counts, as a picture of the same shape: white counts, black does not."""
     objective_weights: tuple[float, ...] | None = None
     """Weights of several objectives under which this order holds."""
     source: str = field(default="", compare=False)
     """Where the comparison was read, as in "votes.jsonl:17"."""
     id: int = field(init=False)
-    """63-bit key of the comparison's randomness, from the prompt and the pictures' names."""
+    """63-bit key of the comparison's randomness, from the prompt and the names of pictures and masks."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -156,7 +160,8 @@ class Comparison:
             raise DataError(f"preference is {self.preference}; it must be a probability from 0 to 1")
         if self.margin is not None and not math.isfinite(self.margin):
             raise DataError(f"margin is {self.margin}; it must be a finite number")
-        per_picture: dict[str, Sequence[Any] | None] = {"grades": self.grades, "generator": self.generator, "seed": self.seed}
+        names = ("grades", "generator", "seed", "noise", "mask")
+        per_picture: dict[str, Sequence[Any] | None] = {name: getattr(self, name) for name in names}
         per_picture |= {f"scores[{name!r}]": values for name, values in (self.scores or {}).items()}
         for name, values in per_picture.items():
             if values is not None and len(values) != count:
@@ -165,7 +170,13 @@ class Comparison:
                 raise DataError(f"{name} is {list(values)}; every entry must be finite")
         if self.grades is not None and any(a < b for a, b in zip(self.grades, self.grades[1:], strict=False)):
             raise DataError(f"grades are {list(self.grades)}; pictures must come best first, so grades must not increase")
-        object.__setattr__(self, "id", key63(self.prompt, *(image.name for image in self.images)))
+        masks = ("mask", *(mask.name for mask in self.mask)) if self.mask is not None else ()
+        object.__setattr__(self, "id", key63(self.prompt, *(image.name for image in self.images), *masks))
+
+    @property
+    def in_row(self) -> bool:
+        """Whether all that it refers to lies in its row."""
+        return all(ref.in_row for ref in (*self.images, *(self.noise or ()), *(self.mask or ())))
 
     @property
     def is_tie(self) -> bool:

@@ -17,6 +17,7 @@ from flowalign.errors import DataError
 BLOCK = 512
 """Bytes of a tar header; files fill multiples of it."""
 PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"}
+ARRAYS = {"npy", "safetensors"}
 
 
 class Rows(ABC):
@@ -152,6 +153,8 @@ class TarRows(Rows):
             column, _, ending = suffix.rpartition(".")
             if ending.lower() in PICTURES:
                 values[column or "image"] = span
+            elif ending in ARRAYS:
+                values[column or "noise"] = span
             elif ending == "txt":
                 values[column or "prompt"] = span.read().decode("utf-8", "replace").strip()
             elif ending == "json":

@@ -114,6 +114,14 @@ class Family(ABC):
         """Latents at time t `[B]` in [0, 1] (0 clean, 1 noise) -> (x_t, the denoiser's own regression target)."""
 
     @abstractmethod
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of x_t = a x0 + b ε at times t `[B]` in [0, 1]: each `[B, 1, ...]`, float32, on the device of `like`."""
+
+    @abstractmethod
+    def implied(self, x: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """The ε of x = signal·x0 + sigma·ε that the denoiser's prediction at x implies, x0 being implied as well."""
+
+    @abstractmethod
     def level(self, t: Tensor) -> Level:
         """How noisy pictures are at times t `[B]` in [0, 1]."""
 

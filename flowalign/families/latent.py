@@ -156,6 +156,12 @@ class LatentFamily(Family):
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.noise.noisy(x0, noise, t)
 
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.noise.scales(t, like)
+
+    def implied(self, x: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        return self.noise.implied(x, prediction, signal, sigma)
+
     def level(self, t: Tensor) -> Level:
         return self.noise.level(t)
 

@@ -28,6 +28,14 @@ class Noise(ABC):
         """Latents and noise `[B, ...]`, t `[B]` -> (x_t, the denoiser's regression target), both float32 `[B, ...]`."""
 
     @abstractmethod
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of x_t = a x0 + b ε at t `[B]`: each `[B, 1, ...]`, float32, with the dimensions and device of `like`."""
+
+    @abstractmethod
+    def implied(self, x: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """The ε of x = signal·x0 + sigma·ε that a prediction at x implies."""
+
+    @abstractmethod
     def timesteps(self, t: Tensor) -> Tensor:
         """t `[B]` -> the times that the denoiser is told, `[B]`."""
 
@@ -72,13 +80,7 @@ class DiscreteNoise(Noise):
 
         The target is ε, or x0, or v = √ᾱ ε − √(1−ᾱ) x0 (Salimans & Ho 2022, 2202.00512).
         """
-        if x0.device not in self._scales:
-            self._scales[x0.device] = (
-                (self.alphas_cumprod**0.5).to(x0.device),
-                ((1 - self.alphas_cumprod) ** 0.5).to(x0.device),
-            )
-        steps = self.timesteps(t).to(x0.device)
-        signal, sigma = (_per_row(scale[steps], x0) for scale in self._scales[x0.device])
+        signal, sigma = self.scales(t, x0)
         x0, noise = x0.float(), noise.float()
         x_t = signal * x0 + sigma * noise
         if self.prediction_type == "epsilon":
@@ -86,6 +88,25 @@ class DiscreteNoise(Noise):
         if self.prediction_type == "sample":
             return x_t, x0
         return x_t, signal * noise - sigma * x0
+
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1−ᾱ)."""
+        if like.device not in self._scales:
+            self._scales[like.device] = (
+                (self.alphas_cumprod**0.5).to(like.device),
+                ((1 - self.alphas_cumprod) ** 0.5).to(like.device),
+            )
+        steps = self.timesteps(t).to(like.device)
+        signal, sigma = (_per_row(scale[steps], like) for scale in self._scales[like.device])
+        return signal, sigma
+
+    def implied(self, x: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """Not finite where the model predicts x0 and there is no noise in x, about which it then says nothing."""
+        if self.prediction_type == "epsilon":
+            return prediction
+        if self.prediction_type == "sample":
+            return (x - signal * prediction) / sigma
+        return signal * prediction + sigma * x
 
     def level(self, t: Tensor) -> Level:
         signal = self.alphas_cumprod[self.timesteps(t.cpu())].double().clamp(TINY, 1 - TINY)
@@ -116,8 +137,16 @@ class FlowNoise(Noise):
 
     def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         x0, noise = x0.float(), noise.float()
-        level = _per_row(t.to(x0.device, torch.float32), x0)
-        return (1 - level) * x0 + level * noise, noise - x0
+        signal, sigma = self.scales(t, x0)
+        return signal * x0 + sigma * noise, noise - x0
+
+    def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        level = _per_row(t.to(like.device, torch.float32), like)
+        return 1 - level, level
+
+    def implied(self, x: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """x + (1−t) v."""
+        return x + signal * prediction
 
     def level(self, t: Tensor) -> Level:
         """SNR = (1−t)² / t², and x0 = x_t − t v."""

@@ -20,6 +20,7 @@ from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import digest, family_of
 from flowalign.files import atomic, write_text
+from flowalign.rng import starting_noise
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -122,8 +123,8 @@ def sample(
         with tqdm(total=len(prompts), unit="picture", disable=not progress) as bar:
             for start in range(0, len(prompts), batch_size):
                 chosen = range(start, min(start + batch_size, len(prompts)))
-                generators = [torch.Generator().manual_seed(seeds[index]) for index in chosen]
-                noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+                starts, generators = zip(*(starting_noise(seeds[index], shape) for index in chosen), strict=True)
+                noise = torch.stack(starts)
                 with torch.no_grad(), torch.autocast(device.type, wanted) if weights != wanted else nullcontext():
                     pictures = pipeline(
                         [prompts[index] for index in chosen],
@@ -131,7 +132,7 @@ def sample(
                         width=width,
                         num_inference_steps=settings.steps,
                         latents=family.pack(noise).to(device, weights),
-                        generator=generators,
+                        generator=list(generators),
                         **family.call(settings.guidance, len(chosen)),
                     ).images
                 bar.update(len(chosen))

@@ -42,13 +42,16 @@ class Counted:
         With `data.flip` held-out pictures are counted mirrored too, although they are not.
         """
         bank = config.reference.bank
-        picture = 2 * 4 * torch.Size(outline.latents).numel() + 6 * 4  # mean and log-variance, and where it was cut
+        latents, (_, *sides) = torch.Size(outline.latents), outline.latents
+        picture = 2 * 4 * latents.numel() + 6 * 4  # mean and log-variance, and where it was cut
+        picture += 4 * latents.numel() if config.switches.noise == "stored" else 0
+        picture += 4 * torch.Size(sides).numel() if config.switches.mask == "given" else 0
         prompt = sum(tensor.nbytes for tensor in outline.family.outline_prompts(1).tensors.values())
         variants = 2 if config.data.flip else 1
         bank_bytes = None
         if self.train is not None and self.held_out is not None:
             draws = self.train * (bank or 0) + (self.held_out * config.train.validation_draws if bank else 0)
-            stored = stored_for(outline.step.objective.needs, config.train.precision)
+            stored = stored_for(outline.step.objective.needs, config)
             bank_bytes = stored.size(draws, (self.per_comparison, *outline.latents))
         return {
             "per_picture": picture * variants,

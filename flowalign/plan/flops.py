@@ -26,7 +26,7 @@ class Flops:
     policy_backward: int
     """With the forward that gradient checkpointing repeats."""
     reference: int
-    """A forward without gradients; 0 where the objective needs none."""
+    """A forward without gradients, 0 where the objective needs none, and those of an inversion."""
     images: int
     """The pictures through the picture encoder."""
     prompts: int
@@ -59,11 +59,16 @@ def count(outline: Outline) -> Flops:
     """Run each part of a step of one comparison and count."""
     batch, rng = outline.batch(1), Keyed(0)
     losses: list[Tensor] = []
-    needed = bool(outline.step.objective.needs)
+
+    def ask() -> None:
+        known = outline.step.with_noise(batch, rng)
+        if outline.step.objective.needs:
+            outline.step.for_bank(known, rng)
+
     return Flops(
         policy_forward=counted(lambda: losses.append(outline.banked(batch, rng)[0])),
         policy_backward=counted(lambda: losses[0].mean().backward()),
-        reference=counted(lambda: outline.step.for_bank(batch, rng)) if needed else 0,
+        reference=counted(ask),
         images=counted(lambda: outline.family.encode_images(outline.pixels())),
         prompts=counted(lambda: outline.family.outline_prompts(1)),
     )

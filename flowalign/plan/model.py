@@ -40,7 +40,7 @@ class Outline:
 
     def batch(self, count: int) -> Batch:
         """`count` comparisons of prompts as long as they can be."""
-        zeros = torch.zeros(count, self.pictures, *self.latents, device=META)
+        zeros, switches = torch.zeros(count, self.pictures, *self.latents, device=META), self.step.switches
         return Batch(
             mean=zeros,
             std=zeros,
@@ -53,6 +53,8 @@ class Outline:
             positions=(0,) * count,
             scores=torch.zeros(count, self.pictures, device=META),
             grades=torch.zeros(count, self.pictures, device=META),
+            mask=zeros[:, :, 0] if switches.mask == "given" else None,
+            noise=zeros if switches.noise == "stored" else None,
         )
 
     def pixels(self) -> Tensor:
@@ -90,7 +92,8 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         chunk=choose_chunk(config),
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
-    bank = ReferenceBank(torch.zeros(1, pictures), (torch.zeros(1, pictures, *latents, device=META),))
+    draw = (torch.zeros(1, pictures, *latents, device=META),)
+    bank = ReferenceBank(torch.zeros(1, pictures), draw, draw)
     return Outline(
         family=family,
         policy=learns,

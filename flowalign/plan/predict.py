@@ -42,7 +42,10 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
         torch.Size(outlined.latents).numel(),
     )
     bank = config.reference.bank
-    forwards = None if counted.train is None or not facts.needs else {"live": stages.pairs, "per_draw": counted.train}
+    each = 1 + config.switches.inversion_steps if config.switches.noise == "inverted" else 1
+    forwards = None
+    if counted.train is not None and facts.needs:
+        forwards = {"live": each * stages.pairs, "per_draw": each * counted.train}
     return {
         "model": {
             "checkpoint": config.model.checkpoint,

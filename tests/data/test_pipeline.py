@@ -356,7 +356,7 @@ def test_storage_type_and_deterministic_encoders(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path, "vae", "text", resolution=16, dtype="bfloat16")
     mean, path = torch.randn(4, 2, 2), cache.image_path(b"a", False)
     cache.write_image(path, mean, torch.zeros(4, 2, 2), (1025, 1023, 3, 0, 1024, 1024))
-    stored, std, geometry = cache.read_image(path)
+    stored, std, geometry = cache.read_image(path).values()
     assert stored.dtype == torch.float32
     assert torch.equal(stored, mean.bfloat16().float())
     assert torch.equal(std, torch.zeros(4, 2, 2))
