@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class Batch:
     """`[B, N]` float32, a reward of each picture, see `Data.rewards`; NaN where there is none."""
     grades: Tensor | None = None
     """`[B, N]` float32, relevance of each picture in a ranked list; NaN where there is none."""
+    annotators: tuple[int, ...] = ()
+    """`records.key63` of who judged each comparison; -1 where the data do not say."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,4 +94,13 @@ class Batch:
             self.positions,
             None if self.scores is None else self.scores.pin_memory(),
             None if self.grades is None else self.grades.pin_memory(),
+            self.annotators,
         )
+
+    def tiled(self, times: int) -> Batch:
+        """All comparisons, so many times one after another: `[B, ...] -> [times*B, ...]`."""
+        places = torch.arange(len(self)).repeat(times)
+        names = ("mean", "std", "geometry", "conditioning", "preference", "weight", "scores", "grades")
+        tensors = {name: value[places] for name in names if (value := getattr(self, name)) is not None}
+        numbers = {name: getattr(self, name) * times for name in ("ids", "draws", "positions", "annotators")}
+        return replace(self, **tensors, **numbers)

@@ -19,6 +19,7 @@ from flowalign.errors import DataError, allowed
 
 CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)(?::(?P<column>\w+))?")
 PROMPTS = ("prompt", "caption")
+ANNOTATOR = "annotator"
 OPTIONAL = ("weight", "margin", "preference", "num_chosen", "scores", "grades", "generator", "seed", "objective_weights")
 
 
@@ -62,6 +63,11 @@ class Row:
         if value is None:
             raise DataError("the prompt is missing; give every row one")
         return str(value) if isinstance(value, str) else ""  # a Comparison does not take an empty prompt
+
+    @property
+    def annotator(self) -> str | None:
+        value = self.values.get(ANNOTATOR)
+        return str(value) if value not in (None, "") else None
 
     def get(self, column: str) -> Any:
         if self.values.get(column) is None:
@@ -264,14 +270,14 @@ def detect(found: Iterable[str], overrides: Mapping[str, str], source: str) -> C
     Raises DataError naming the columns and the conventions.
     """
     found = tuple(found)
-    known = {name for convention in conventions() for name in convention.columns} | {*PROMPTS, *OPTIONAL}
+    known = {name for convention in conventions() for name in convention.columns} | {*PROMPTS, *OPTIONAL, ANNOTATOR}
     for name, column in overrides.items():
         if name not in known:
             raise DataError(f"columns names {name!r}, which no convention has; {allowed(name, known)}")
         if column not in found:
             raise DataError(f"{source} has no column {column!r} to use as {name!r}; {allowed(column, found)}")
     present = {*found, *overrides}
-    wanted = {*overrides} - {*PROMPTS, *OPTIONAL}  # an override says which convention is meant
+    wanted = {*overrides} - {*PROMPTS, *OPTIONAL, ANNOTATOR}  # an override says which convention is meant
     for convention in conventions():
         if wanted <= {*convention.columns} <= present and present & {*PROMPTS}:
             return convention

@@ -39,7 +39,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Cached:
-    """n comparisons whose N pictures and prompt are all in a cache. About 40·N + 60 bytes a comparison."""
+    """n comparisons whose N pictures and prompt are all in a cache. About 40·N + 70 bytes a comparison."""
 
     indices: np.ndarray
     """int64 `[n]`: places in the Comparisons."""
@@ -59,6 +59,10 @@ class Cached:
     """float32 `[n, N]`: the weighted sum of each picture's scores; NaN where a row lacks one of them."""
     grades: np.ndarray
     """float32 `[n, N]`; NaN where a row has none."""
+    annotators: tuple[str, ...]
+    """Who judged, each once; "" stands for rows that do not say."""
+    annotator: np.ndarray
+    """int64 `[n]`: place of the comparison's annotator in `annotators`."""
     num_chosen: int
     flips: tuple[bool, ...]
     """Which variants of each picture are cached: upright (False), mirrored (True)."""
@@ -118,7 +122,7 @@ BLOCK = 64
 """Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
 ELSEWHERE = bytes(32)
 """Stands for the sha256 of a picture that another process reads."""
-ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4")]
+ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4"), ("annotator", "i8")]
 
 
 def fill(
@@ -164,6 +168,7 @@ def fill(
     images = _Batches(batch_size, partial(_encode_images, cache, family), partial(foresee, "pictures"))
     texts = _Batches(batch_size, partial(_encode_prompts, cache, family), partial(foresee, "prompts"))
     prompts: dict[str, int] = {}
+    judges: dict[str, int] = {}
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
     rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
     worth = np.zeros((2, len(indices), 0), np.float32)
@@ -194,7 +199,8 @@ def fill(
             prompt = prompts.setdefault(comparison.prompt, len(prompts))
             if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
                 texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
-            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight
+            judge = judges.setdefault(comparison.annotator or "", len(judges))
+            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight, judge
             worth[:, step] = _score(comparison, rewards or {}), comparison.grades or np.full(shape[0], np.nan)
             digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
@@ -207,24 +213,34 @@ def fill(
     if shape is None or not len(good):
         first = f"; the first reason: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(indices)} comparisons can be used{first}")
-    rows, texts_known = rows[good], tuple(prompts)
-    used, first_seen, place = np.unique(rows["prompt"], return_index=True, return_inverse=True)
-    order = np.argsort(first_seen)  # in the order of the rows, whatever rows this process could not use
+    rows = rows[good]
+    texts, prompt = _in_order(prompts, rows["prompt"])
+    names, annotator = _in_order(judges, rows["annotator"])
     return Cached(
         indices=np.asarray(indices, dtype=np.int64)[good],
         pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
-        prompts=tuple(texts_known[prompt] for prompt in used[order]),
-        prompt=np.argsort(order)[place],
+        prompts=texts,
+        prompt=prompt,
         ids=rows["id"].copy(),
         preference=rows["preference"].copy(),
         weight=rows["weight"].copy(),
         scores=np.resize(worth[0], (len(indices), shape[0]))[good],
         grades=np.resize(worth[1], (len(indices), shape[0]))[good],
+        annotators=names,
+        annotator=annotator,
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
         inside=inside,
     )
+
+
+def _in_order(texts: Mapping[str, int], places: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """The texts that rows name, in the order of the rows, whatever rows this process could not use, and each row's place."""
+    known = tuple(texts)
+    used, first_seen, place = np.unique(places, return_index=True, return_inverse=True)
+    order = np.argsort(first_seen)
+    return tuple(known[each] for each in used[order]), np.argsort(order)[place]
 
 
 def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:
