@@ -25,6 +25,8 @@ from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.fill import fill_banks
+from flowalign.align.merged import open_merged
+from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
 from flowalign.align.reference import MOVING, Following, following, with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.align.switches import check
@@ -32,12 +34,13 @@ from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream
-from flowalign.errors import ConfigError, MissingExtraError, allowed
+from flowalign.errors import ConfigError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
 from flowalign.settings import Config
 from flowalign.sources import cache_folder, load_data
+from flowalign.train.optimizer import make_optimizer
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks
 from flowalign.train.trainable import assemble, make_trainable, trained
@@ -67,6 +70,8 @@ class Prepared:
     ranks: Ranks
     following: Following | None = None
     """What moves the reference, where it does."""
+    annotators: Annotators | None = None
+    """Who is of which type, where there is a policy for each."""
     plain: nn.Module | None = None
     """Where the policy lies in shards: a module like it for the whole weights, in the process that writes."""
 
@@ -91,6 +96,18 @@ class Prepared:
 
     def first_batch(self) -> Batch:
         return next(self.batches(0))
+
+    @property
+    def full_step(self) -> PreferenceStep | MixtureStep:
+        """What `fit` calls: the step, of all policies where there are several."""
+        return self.step if self.annotators is None else MixtureStep(self.step, self.annotators)
+
+    @property
+    def at_start(self) -> PreferenceStep | MixtureStep:
+        """The same held against the model that the policy starts as, which is not what several references say."""
+        several = self.config.reference.kind == "merged"
+        step = replace(self.step, reference=self.family.denoiser, bank=None) if several else self.step
+        return replace(self, step=step).full_step
 
 
 def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, position: int = 0) -> PairStream:
@@ -151,10 +168,12 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    if accelerator.is_fsdp2 and config.reference.kind in MOVING:
+    several = config.switches.annotator_types > 1
+    if accelerator.is_fsdp2 and (several or config.reference.kind in (*MOVING, "merged")):
+        what = "switches.annotator_types above 1" if several else f"reference.kind {config.reference.kind!r}"
         raise ConfigError(
-            f"reference.kind {config.reference.kind!r} follows weights that lie whole in every process, and FSDP 2 shards "
-            "them; set reference.kind=auto, or use configs/accelerate/ddp.yaml."
+            f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
+            "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
         )
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
@@ -197,15 +216,16 @@ def choose_timesteps(config: Config, family: Family) -> str:
 def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
     """Turn on gradients for what the configuration trains of `policy`. Raises ConfigError."""
     wanted = config.trainable
-    make_trainable(
-        policy,
-        wanted.kind,
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        targets=wanted.targets or family.lora_targets,
-        seed=config.train.seed,
-        gradient_checkpointing=wanted.gradient_checkpointing,
-    )
+    for place, each in enumerate(by_type(policy)):
+        make_trainable(
+            each,
+            wanted.kind,
+            rank=wanted.rank,
+            alpha=wanted.alpha,
+            targets=wanted.targets or family.lora_targets,
+            seed=type_seed(config.train.seed, place),
+            gradient_checkpointing=wanted.gradient_checkpointing,
+        )
 
 
 def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
@@ -218,27 +238,6 @@ def choose_importance(config: Config, accelerator: Accelerator) -> Importance | 
             f"{config.reference.bank} each comparison keeps its own; set reference.bank=null, or train.timesteps=auto."
         )
     return Importance(accelerator.device, accelerator.gather)
-
-
-def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused where torch has it, or bitsandbytes' 8-bit one."""
-    cfg = config.train
-    if cfg.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise MissingExtraError("bitsandbytes", "cuda", "train.optimizer=adamw8bit") from error
-        return AdamW8bit(
-            parameters, lr=cfg.learning_rate, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=cfg.learning_rate,
-        betas=cfg.adam_betas,
-        eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
 
 
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
@@ -271,11 +270,17 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
     check(config, objective, knobs, *(each.cached for each in (train, held_out) if each is not None))
-    carried = None
+    carried = annotators = None
+    if config.switches.annotator_types > 1:
+        annotators = make_annotators(config, train.cached, ranks.count, accelerator.device, accelerator.reduce)
+        about["annotators"] = annotators.fingerprint
     if objective.carry is not None:
         carried = Carried(objective.carry, knobs, accelerator.device, lambda values: accelerator.reduce(values, "mean"))
     compiled = torch.compile if config.train.compile else lambda module: module
     anchor = compiled(frozen)
+    if config.reference.kind == "merged":
+        merged = open_merged(config.reference, config.model, family).to(memory_format=layout)
+        about["references"], anchor = merged.about, merged.compiled(compiled)
     step = PreferenceStep(
         family=family,
         policy=frozen,
@@ -298,20 +303,21 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind == "lora"
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
+    policy = of_types(policy, config.switches.annotator_types)
     choose_trainable(config, family, policy)
     policy.to(memory_format=layout)
     moving = None
     if config.reference.kind in MOVING:
         reference, moving = following(policy, frozen, config.reference, lora=lora)
         anchor = compiled(reference) if lora else anchor
-    optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
+    optimizer = make_optimizer(config.train, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
     model, optimizer = accelerator.prepare(compiled(policy), optimizer)
     if accelerator.is_fsdp2 and reference is not None:
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    step = replace(step, policy=model, reference=None if reference is None else anchor, bank=bank)
+    step = replace(step, policy=model, types=len(by_type(policy)), reference=None if reference is None else anchor, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(
         config,
@@ -329,5 +335,6 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         about,
         ranks,
         moving,
+        annotators,
         plain,
     )

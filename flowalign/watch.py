@@ -6,8 +6,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.mixture import MixtureStep, by_type
 from flowalign.align.step import PreferenceStep
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.families.sampling import SamplerSettings, write_images
@@ -19,7 +21,11 @@ from flowalign.train.rundir import RunDir
 
 @torch.no_grad()
 def validation(
-    step: PreferenceStep, held_out: PairDataset, config: Config, accelerator: Any, bank: ReferenceBank | None = None
+    step: PreferenceStep | MixtureStep,
+    held_out: PairDataset,
+    config: Config,
+    accelerator: Any,
+    bank: ReferenceBank | None = None,
 ) -> dict[str, float]:
     """Metrics on held-out comparisons at fixed (t, noise) draws: the same numbers at each call for the same weights.
 
@@ -72,7 +78,16 @@ def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str
         steps=config.sample.steps, guidance=config.sample.guidance, precision=config.train.precision, height=side, width=side
     )
     seeds = [config.sample.seed + index for index in range(len(prompts))]
-    folder, size = run.samples / f"step-{step:08d}", config.sample.batch_size
+    size = config.sample.batch_size
     with ready.whole() as denoiser:
-        if denoiser is not None:
-            write_images(folder, ready.family.pipeline(denoiser), prompts, seeds, settings, batch_size=size, progress=progress)
+        for part, policy in [] if denoiser is None else parts(run, denoiser):
+            folder, pipeline = part.samples / f"step-{step:08d}", ready.family.pipeline(policy)
+            write_images(folder, pipeline, prompts, seeds, settings, batch_size=size, progress=progress)
+
+
+def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
+    """Each policy with the folder of its weights and pictures: the run's own, or one for each type of annotator."""
+    policies = by_type(policy)
+    if len(policies) == 1:
+        return [(run, policy)]
+    return [(RunDir(run.types / str(place)), each) for place, each in enumerate(policies)]

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from flowalign.align.bank import ReferenceBank, Stored, fill_bank
+from flowalign.align.merged import Merged
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
@@ -48,6 +49,7 @@ def fill_banks(
         )
     cfg, device = config.train, accelerator.device
     stored = stored_for(step.objective.needs, cfg.precision)
+    references = step.reference.about if isinstance(step.reference, Merged) else None
     shared = {
         "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
         "compute": [
@@ -58,7 +60,7 @@ def fill_banks(
             torch.__version__,
             cfg.batch_size,
         ],
-    }
+    } | ({} if references is None else {"references": references})
 
     def fill(
         data: PairDataset,

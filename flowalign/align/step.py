@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
+from flowalign.align.merged import Merged
 from flowalign.align.switches import safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -48,6 +49,8 @@ class PreferenceStep:
     switches: Switches = PLAIN
     carried: Carried | None = None
     """What the objective carries from step to step; None where it carries nothing."""
+    types: int = 1
+    """Policies in `policy`, see `mixture.Types`; a batch then holds the same comparisons once for each of them."""
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
@@ -81,7 +84,10 @@ class PreferenceStep:
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
         with self.autocast():
-            prediction = self.family.predict(self.policy, x_t, t, conditioning)
+            if self.types == 1:
+                prediction = self.family.predict(self.policy, x_t, t, conditioning)
+            else:
+                prediction = self.policy(self.family, x_t, t, conditioning)
         prediction = prediction.float()
         residual = prediction - target
         error = _mean_square(residual).view(count, pictures)
@@ -97,8 +103,8 @@ class PreferenceStep:
             reference_error = self._ship(self.bank(batch))
             anchor = self._ship(self.bank.predicted(batch)).flatten(0, 1) if "drift" in self.objective.needs else None
         elif held_against:
-            anchor = self._anchor(x_t, t, conditioning)
-            reference_error = _mean_square(anchor - target).view(count, pictures)
+            found, anchor = self._anchor(x_t, target, t, conditioning)
+            reference_error = found.view(count, pictures)
         with_drift = anchor is not None and "drift" in self.objective.needs
         return Terms(
             policy_error=error,
@@ -114,15 +120,26 @@ class PreferenceStep:
     def for_bank(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
         """What a bank stores: the reference's errors `[B, N]` and its predictions `[B, N, C, h, w]`, float32."""
         x_t, target, t = self.noised(batch, rng)
-        anchor = self._anchor(x_t, t, self.told(batch))
-        return _mean_square(anchor - target).view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
+        errors, anchor = self._anchor(x_t, target, t, self.told(batch))
+        return errors.view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
 
     @torch.no_grad()
-    def _anchor(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _anchor(self, x_t: Tensor, target: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Errors `[B·N]` and predictions `[B·N, C, h, w]` of the reference, float32."""
         if self.reference is None:
             raise ValueError("the step has neither a bank nor a reference")
-        with self.autocast():
-            return self.family.predict(self.reference, x_t, t, conditioning).float()
+        once = slice(len(x_t) // self.types)
+
+        def predict(denoiser: nn.Module) -> Tensor:
+            with self.autocast():
+                return self.family.predict(denoiser, x_t[once], t[once], conditioning[once]).float()
+
+        if isinstance(self.reference, Merged):
+            errors, anchor = self.reference(predict, target[once])
+        else:
+            anchor = predict(self.reference)
+            errors = _mean_square(anchor - target[once])
+        return (errors, anchor) if self.types == 1 else (errors.repeat(self.types), torch.cat([anchor] * self.types))
 
     def __call__(self, batch: Batch, rng: Keyed) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss `[B]`, weighted, and per-comparison metrics `[B]`, detached; nothing is read back from the device."""

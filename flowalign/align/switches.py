@@ -71,6 +71,9 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
         raise ConfigError(
             f"reference.kind {kind!r} moves a reference, but objective.name {name!r} needs none; set reference.kind=auto."
         )
+    _check_merged(config, needs)
+    if config.switches.annotator_types > 1:
+        _check_types(config, objective, knobs, comparisons[0])
     if pictures == 1 and objective.takes != "unpaired":
         raise ConfigError(
             f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
@@ -83,3 +86,52 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
         objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *carried, **knobs)
     except ValueError as error:
         raise ConfigError(f"objective.name {name!r} cannot be used with these data: {error}.") from error
+
+
+def _check_merged(config: Config, needs: frozenset[str]) -> None:
+    settings, name = config.reference, config.objective.name
+    if settings.kind != "merged":
+        if settings.checkpoints:
+            raise ConfigError(
+                f"reference.checkpoints names {len(settings.checkpoints)} models, and reference.kind {settings.kind!r} reads "
+                "none of them; set reference.kind=merged."
+            )
+        return
+    if not needs & {"reference", "drift"}:
+        raise ConfigError(
+            f"reference.kind 'merged' holds several references, but objective.name {name!r} needs none; set "
+            "reference.kind=auto."
+        )
+    if settings.merge == "harmonic" and "drift" in needs:
+        raise ConfigError(
+            f"reference.merge 'harmonic' merges errors, and objective.name {name!r} reads the predictions of one reference; "
+            "set reference.merge=predictions."
+        )
+
+
+def _check_types(config: Config, objective: Objective, knobs: dict[str, Any], train: Cached) -> None:
+    name, types = config.objective.name, f"switches.annotator_types {config.switches.annotator_types}"
+    reference, trainable = config.reference.kind, config.trainable.kind
+    refused = (
+        (objective.carry is not None, f"objective.name {name!r} carries averages over all policies at once"),
+        (trainable != "lora", f"trainable.kind {trainable!r} has no adapters to be a policy of each type"),
+        (reference in MOVING, f"reference.kind {reference!r} follows one policy"),
+        (config.train.timesteps == "importance", "train.timesteps 'importance' learns from the gradients of one policy"),
+        (config.train.compile, "train.compile compiles one policy"),
+    )
+    for wrong, why in refused:
+        if wrong:
+            raise ConfigError(
+                f"{types} trains a policy for each type, but {why}; change it, or set switches.annotator_types=1."
+            )
+    if "reference" not in objective.needs or "beta" not in knobs or train.pictures.shape[1] == 1:
+        raise ConfigError(
+            f"{types} reads from βΔ what an annotator is like, but with objective.name {name!r} and these data there is no β, "
+            "no reference or no pair; take an objective such as dpo, and comparisons."
+        )
+    bare = int((np.array(train.annotators)[train.annotator] == "").sum())
+    if bare:
+        raise ConfigError(
+            f"{types} must know who judged, and {bare} of the {len(train)} comparisons do not say; give every row an "
+            "annotator, or name its column, such as data.columns={annotator: user_id}."
+        )

@@ -42,7 +42,10 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
         torch.Size(outlined.latents).numel(),
     )
     bank = config.reference.bank
-    forwards = None if counted.train is None or not facts.needs else {"live": stages.pairs, "per_draw": counted.train}
+    models = len(config.reference.checkpoints) if config.reference.kind == "merged" else 1
+    forwards = None
+    if counted.train is not None and facts.needs:
+        forwards = {"live": models * stages.pairs, "per_draw": models * counted.train}
     return {
         "model": {
             "checkpoint": config.model.checkpoint,
