@@ -25,11 +25,12 @@ import step as bench
 
 from flowalign import config as configuration
 from flowalign.demo import CAPTIONS, CONFIG, GUIDANCE, STEPS, held_out_captions
+from flowalign.device import make_accelerator
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SamplerSettings, write_images
-from flowalign.setup import make_accelerator, prepare
+from flowalign.setup import prepare
 from flowalign.train.checkpoint import State
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.trainable import trained

@@ -37,8 +37,9 @@ from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.data.images import decode, fit
 from flowalign.data.readers import open_comparisons
+from flowalign.device import make_accelerator
 from flowalign.rng import Keyed
-from flowalign.setup import Prepared, make_accelerator, prepare
+from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
 
 VARIANTS = ("floor", "reference", "ours", "bank", "re-encode", "published")

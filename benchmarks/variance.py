@@ -30,8 +30,9 @@ from torch import Tensor
 from flowalign import config as configuration
 from flowalign.align.timesteps import TIMESTEPS, Importance, Sampler
 from flowalign.data.batch import Batch
+from flowalign.device import make_accelerator
 from flowalign.rng import Keyed
-from flowalign.setup import Prepared, make_accelerator, prepare
+from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
 
 SKETCH = 8192

@@ -87,6 +87,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     return runs.plan(settings, efficiency=options.efficiency, prices=dict(options.price), comparisons=options.comparisons)
 
 
+def _suggest_beta(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+
+    return runs.suggest_beta(config.load(options.config, options.overrides), steps=options.steps, target=options.target)
+
+
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
@@ -180,6 +186,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="GPU=USD",
         help=f"price of an hour of {' or '.join(GPUS)}, instead of the assumed one",
+    )
+
+    suggest = command("suggest-beta", _suggest_beta, "Train a throw-away copy a little and say which beta suits the data.")
+    suggest.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    _add_overrides(suggest)
+    suggest.add_argument("--steps", type=_positive, default=25, metavar="N", help="optimizer steps of the probe (%(default)s)")
+    suggest.add_argument(
+        "--target", type=_scale, default=0.3, help="mean of the gradient factor that beta is to leave, 0 to 0.5 (%(default)s)"
     )
 
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")

@@ -6,6 +6,7 @@ All functions return values that can be written as JSON, with a `summary` for pe
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
+from flowalign import probe
 from flowalign.data.pairs import sequential
+from flowalign.device import choose_device, make_accelerator
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
@@ -32,7 +35,7 @@ from flowalign.report.card import write_card
 from flowalign.report.page import write_report
 from flowalign.rng import Keyed
 from flowalign.settings import Config
-from flowalign.setup import Prepared, choose_device, make_accelerator, prepare
+from flowalign.setup import Prepared, prepare
 from flowalign.sources import cache_folder
 from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
@@ -60,6 +63,7 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     accelerator = make_accelerator(config, run.path)
     try:
         with peers(accelerator.num_processes):
+            config = probe.resolved(config, accelerator, run, progress=progress)
             finished, seconds = _run(config, accelerator, run, found, progress)
     except KeyboardInterrupt:
         finished, seconds = False, 0.0
@@ -92,7 +96,7 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
     """From the newest of the states found to the finished folder; whether it got there, and the seconds of training."""
     ready = prepare(config, accelerator, progress=progress)
     learned: dict[str, torch.Tensor] = {}
-    for part in (ready.step.importance, ready.step.carried, ready.following, ready.annotators):
+    for part in (ready.step.importance, ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
         learned |= part.tensors() if part is not None else {}
     state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
     # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
@@ -137,7 +141,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
     )
 
     def after(step: int) -> None:
-        for part in (ready.step.carried, ready.following, ready.annotators):
+        for part in (ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
             if part is not None:
                 part.after(step)
 
@@ -285,6 +289,17 @@ def plan(
     """What `align` would train, hold, store and cost: a dry run without weights and pictures, see `plan.predict`."""
     found = predict(config, efficiency, prices or {}, comparisons)
     return found | {"summary": page(found)}
+
+
+def suggest_beta(
+    config: Config, *, steps: int = probe.STEPS, target: float = probe.TARGET, progress: bool = True
+) -> dict[str, Any]:
+    """The β that suits a configuration's data and model, from a short probe on a copy, see `probe.suggest`."""
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(config, Path(folder))
+        found = probe.suggest(config, accelerator, steps=steps, target=target, progress=progress)
+    said = f"{probe.table(found)}\n\nuse it: --set objective.beta={probe.rounded(found['beta']):g}"
+    return found | {"summary": said if accelerator.is_main_process else None}
 
 
 def report(run: Path) -> dict[str, Any]:

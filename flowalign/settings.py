@@ -11,6 +11,8 @@ Natural = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+AUTO = "auto"
+"""As `objective.beta`: found by a probe before the run begins."""
 
 
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
@@ -134,6 +136,10 @@ class Switches(Section):
     """steps from one guess of who is of which type to the next; null is once all comparisons were trained on"""
     annotator_first: Natural | None = None
     """no such guess before this step, when the policies have hardly moved; null is three times annotator_every"""
+    beta: Literal["fixed", "batch", "target"] = "fixed"
+    """β stays as it is, follows how far the pairs of the last step were apart, or moves towards `target_factor`"""
+    target_factor: Annotated[float, Field(gt=0, lt=0.5)] = 0.3
+    """target: the mean of σ(−βΔ) that β is moved towards; `objective.beta: auto` aims at it too"""
 
 
 class Trainable(Section):
@@ -160,6 +166,10 @@ class Train(Section):
     """comparisons per device and micro-step"""
     accumulation: Positive = 1
     """micro-steps per optimizer step"""
+    backward: Literal["joint", "chunked"] = "joint"
+    """keep the activations of a whole micro-step, or of `chunk` pictures at a time for one more forward"""
+    chunk: Positive = 8
+    """chunked: pictures that go through the denoiser together"""
     learning_rate: Rate = 1e-5
     """peak learning rate"""
     warmup_steps: Natural = 0

@@ -1,26 +1,24 @@
-"""From a configuration to parts that are ready to train: device, family, cached data, policy and reference, step."""
+"""From a configuration to parts that are ready to train: family, cached data, policy and reference, step."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import inspect
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
 from flowalign import plugins
+from flowalign.align.adaptive import adaptive
 from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
@@ -34,13 +32,12 @@ from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream
-from flowalign.errors import ConfigError, allowed
+from flowalign.errors import ConfigError, MissingExtraError
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
-from flowalign.settings import Config
+from flowalign.settings import AUTO, Config
 from flowalign.sources import cache_folder, load_data
-from flowalign.train.optimizer import make_optimizer
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks
 from flowalign.train.trainable import assemble, make_trainable, trained
@@ -126,64 +123,6 @@ def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, po
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps -> a device that is there. Raises ConfigError."""
-    if name == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(kind)
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not available here; {allowed(name, ('auto', 'cpu', 'cuda', 'mps'))}.") from error
-    return device
-
-
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """An Accelerator for this run's device, precision and trackers. Raises ConfigError."""
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    device = choose_device(config.train.device)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
-        if device.index is not None:
-            torch.cuda.set_device(device)
-    if config.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16.")
-    AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in this process would keep the first one's
-    precision = "no" if config.train.precision == "fp32" else config.train.precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=device.type == "cpu",
-            log_with=list(config.train.trackers) or None,
-            project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
-        )
-        if config.train.trackers:
-            accelerator.init_trackers("flowalign")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"train.trackers {list(config.train.trackers)} cannot be used: {error}") from error
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    several = config.switches.annotator_types > 1
-    if accelerator.is_fsdp2 and (several or config.reference.kind in (*MOVING, "merged")):
-        what = "switches.annotator_types above 1" if several else f"reference.kind {config.reference.kind!r}"
-        raise ConfigError(
-            f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
-            "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
-        )
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise ConfigError(
-            f"accelerate's configuration asks for {kind.value}, whose saved states cannot be resumed here; allowed: plain data "
-            "parallelism and FSDP 2, as in configs/accelerate/ddp.yaml and fsdp2.yaml."
-        )
-    return accelerator
-
-
 def load_family(config: Config, device: torch.device) -> Family:
     """The checkpoint's family on `device`, an outline on meta: in float32 where all weights learn, else as it computes."""
     model, name, outline = config.model, config.model.family, device.type == "meta"
@@ -200,12 +139,18 @@ def load_family(config: Config, device: torch.device) -> Family:
 
 
 def load_objective(config: Config) -> tuple[Any, dict[str, Any]]:
-    """The objective's function and all its knobs, defaults included. Raises ConfigError for an unknown one."""
+    """The objective's function and all its knobs, defaults included. Raises ConfigError for an unknown one.
+
+    A β that is yet to be found is the default one here.
+    """
     objective = plugins.load("objectives", config.objective.name)
     parameters = inspect.signature(objective, eval_str=True).parameters
-    check_knobs(config.objective.name, config.objective.knobs, parameters)
     defaults = {name: p.default for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return objective, defaults | config.objective.knobs
+    knobs = config.objective.knobs
+    if knobs.get("beta") == AUTO and "beta" in defaults:
+        knobs["beta"] = defaults["beta"]
+    check_knobs(config.objective.name, knobs, parameters)
+    return objective, defaults | knobs
 
 
 def choose_timesteps(config: Config, family: Family) -> str:
@@ -228,6 +173,11 @@ def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
         )
 
 
+def choose_chunk(config: Config) -> int | None:
+    """Pictures that go through the denoiser together; None where all do."""
+    return config.train.chunk if config.train.backward == "chunked" else None
+
+
 def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
     """What learns which times to draw, where that is asked for. Raises ConfigError."""
     if config.train.timesteps != "importance":
@@ -238,6 +188,27 @@ def choose_importance(config: Config, accelerator: Accelerator) -> Importance | 
             f"{config.reference.bank} each comparison keeps its own; set reference.bank=null, or train.timesteps=auto."
         )
     return Importance(accelerator.device, accelerator.gather)
+
+
+def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has it, or bitsandbytes' 8-bit one."""
+    cfg = config.train
+    if cfg.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise MissingExtraError("bitsandbytes", "cuda", "train.optimizer=adamw8bit") from error
+        return AdamW8bit(
+            parameters, lr=cfg.learning_rate, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=cfg.learning_rate,
+        betas=cfg.adam_betas,
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,
+        fused=device.type in ("cuda", "cpu"),
+    )
 
 
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
@@ -270,12 +241,15 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
     check(config, objective, knobs, *(each.cached for each in (train, held_out) if each is not None))
-    carried = annotators = None
+
+    def over_ranks(values: Tensor) -> Tensor:
+        return accelerator.reduce(values, "mean")
+
+    annotators = None
     if config.switches.annotator_types > 1:
-        annotators = make_annotators(config, train.cached, ranks.count, accelerator.device, accelerator.reduce)
+        total = partial(accelerator.reduce, reduction="sum")
+        annotators = make_annotators(config, train.cached, ranks.count, accelerator.device, total)
         about["annotators"] = annotators.fingerprint
-    if objective.carry is not None:
-        carried = Carried(objective.carry, knobs, accelerator.device, lambda values: accelerator.reduce(values, "mean"))
     compiled = torch.compile if config.train.compile else lambda module: module
     anchor = compiled(frozen)
     if config.reference.kind == "merged":
@@ -295,7 +269,9 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         num_chosen=train.cached.num_chosen,
         switches=config.switches,
         importance=importance,
-        carried=carried,
+        carried=Carried.of(objective, knobs, accelerator.device, over_ranks),
+        adaptive=adaptive(config.switches, knobs, accelerator.device, over_ranks),
+        chunk=choose_chunk(config),
     )
     bank = held_out_bank = None
     if config.reference.bank is not None:
@@ -310,7 +286,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if config.reference.kind in MOVING:
         reference, moving = following(policy, frozen, config.reference, lora=lora)
         anchor = compiled(reference) if lora else anchor
-    optimizer = make_optimizer(config.train, list(trained(policy).values()), accelerator.device)
+    optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
     model, optimizer = accelerator.prepare(compiled(policy), optimizer)
     if accelerator.is_fsdp2 and reference is not None:

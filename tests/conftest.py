@@ -56,6 +56,21 @@ def test_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """install("losses", source, "mine = losses:mine", ...): a third party's package of one module that offers objectives."""
+
+    def make(module: str, source: str, *objectives: str) -> None:
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("\n".join(["[flowalign.objectives]", *objectives]))
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return make
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -198,7 +213,8 @@ def settings(folders: dict[str, Path], votes: Path) -> Callable[..., Config]:
 @pytest.fixture
 def prepared(settings: Callable[..., Config], tmp_path: Path) -> Callable[..., Prepared]:
     """prepared("trainable.kind=full", ...): the parts of a tiny run, ready to train."""
-    from flowalign.setup import make_accelerator, prepare
+    from flowalign.device import make_accelerator
+    from flowalign.setup import prepare
 
     def make(*overrides: str) -> Prepared:
         config = settings(tmp_path / "run", *overrides)

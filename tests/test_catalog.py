@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,8 @@ def test_the_list_has_every_name_once() -> None:
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "catalogued-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: catalogued\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[flowalign.objectives]\ntheirs = catalogued_losses:theirs\n")
-    (tmp_path / "catalogued_losses.py").write_text(OUTSIDE)
-    monkeypatch.syspath_prepend(tmp_path)
+def installed(install: Callable[..., None]) -> None:
+    install("catalogued_losses", OUTSIDE, "theirs = catalogued_losses:theirs")
 
 
 @pytest.mark.usefixtures("installed")

@@ -38,7 +38,7 @@ COMMANDS = {page: commands(page) for page in PAGES}
 
 def test_the_readme_shows_every_command() -> None:
     shown = {line.split()[1] for line in COMMANDS[ROOT / "README.md"]}
-    everything = {"align", "plan", "generate", "evaluate", "export", "report", "objectives", "cache"}
+    everything = {"align", "plan", "suggest-beta", "generate", "evaluate", "export", "report", "objectives", "cache"}
     assert shown == everything  # and the demo, as make demo
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,11 @@ from flowalign.errors import ConfigError
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def installed(install: Callable[..., None], tmp_path: Path) -> Path:
     """An installed package that offers objectives: one of its own, one named like ours, one that cannot be imported."""
-    info = tmp_path / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    lines = [
-        "[flowalign.objectives]",
-        "mine = outside_losses:mine",
-        "dpo = outside_losses:mine",
-        "broken = no_such_module:loss",
-    ]
-    (info / "entry_points.txt").write_text("\n".join([*lines, "absent = outside_losses:absent"]))
-    (tmp_path / "outside_losses.py").write_text("def mine(terms, *, beta=1.0):\n    return terms\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    mine = "outside_losses:mine"
+    offers = (f"mine = {mine}", f"dpo = {mine}", "broken = no_such_module:loss", "absent = outside_losses:absent")
+    install("outside_losses", "def mine(terms, *, beta=1.0):\n    return terms\n", *offers)
     return tmp_path
 
 

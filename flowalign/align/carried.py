@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.align.terms import Carry, Terms
+from flowalign.align.terms import Carry, Objective, Terms
 
 
 class Carried:
@@ -23,12 +23,25 @@ class Carried:
         knobs: Mapping[str, Any],
         device: torch.device,
         mean: Callable[[Tensor], Tensor] = lambda values: values,
+        *,
+        name: str = "carried",
     ) -> None:
-        """mean: of a tensor over all processes."""
-        self._carry, self._knobs, self._mean = carry, knobs, mean
+        """mean: of a tensor over all processes. name: what the scalars are called in metrics and saved states."""
+        self._carry, self._knobs, self._mean, self.name = carry, knobs, mean, name
         self.scalars = {name: torch.tensor(float(value), device=device) for name, value in carry.start(**knobs).items()}
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        knobs: Mapping[str, Any],
+        device: torch.device,
+        mean: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> Carried | None:
+        """What `objective` carries; None where it carries nothing."""
+        return None if objective.carry is None else cls(objective.carry, knobs, device, mean)
 
     @torch.no_grad()
     def observe(self, terms: Terms) -> dict[str, Tensor]:
@@ -51,4 +64,4 @@ class Carried:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, to be restored in place."""
-        return {f"carried/{name}": value for name, value in self.scalars.items()}
+        return {f"{self.name}/{name}": value for name, value in self.scalars.items()}

@@ -58,7 +58,7 @@ def fill_banks(
             config.trainable.gradient_checkpointing,
             device.type,
             torch.__version__,
-            cfg.batch_size,
+            cfg.batch_size if step.chunk is None else {"pictures": step.chunk},
         ],
     } | ({} if references is None else {"references": references})
 

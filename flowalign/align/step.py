@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
@@ -51,6 +52,10 @@ class PreferenceStep:
     """What the objective carries from step to step; None where it carries nothing."""
     types: int = 1
     """Policies in `policy`, see `mixture.Types`; a batch then holds the same comparisons once for each of them."""
+    adaptive: Carried | None = None
+    """What moves β; None where it stays what the knobs say."""
+    chunk: int | None = None
+    """Pictures that go through a denoiser together; None sends all of them."""
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
@@ -83,12 +88,11 @@ class PreferenceStep:
         count, pictures = batch.mean.shape[:2]
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
-        with self.autocast():
-            if self.types == 1:
-                prediction = self.family.predict(self.policy, x_t, t, conditioning)
-            else:
-                prediction = self.policy(self.family, x_t, t, conditioning)
-        prediction = prediction.float()
+        if self.types == 1:
+            prediction = self._predict(self.policy, x_t, t, conditioning)
+        else:
+            with self.autocast():
+                prediction = self.policy(self.family, x_t, t, conditioning).float()
         residual = prediction - target
         error = _mean_square(residual).view(count, pictures)
         dot = None
@@ -131,8 +135,7 @@ class PreferenceStep:
         once = slice(len(x_t) // self.types)
 
         def predict(denoiser: nn.Module) -> Tensor:
-            with self.autocast():
-                return self.family.predict(denoiser, x_t[once], t[once], conditioning[once]).float()
+            return self._predict(denoiser, x_t[once], t[once], conditioning[once])
 
         if isinstance(self.reference, Merged):
             errors, anchor = self.reference(predict, target[once])
@@ -141,6 +144,29 @@ class PreferenceStep:
             errors = _mean_square(anchor - target[once])
         return (errors, anchor) if self.types == 1 else (errors.repeat(self.types), torch.cat([anchor] * self.types))
 
+    def _predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """`[B·N, C, h, w]` float32. In chunks no activations are kept: the backward pass runs each chunk again, one at a time.
+
+        An objective of several pictures is thus differentiated with respect to all their errors first, and its gradient then
+        goes into the weights chunk by chunk.
+        """
+
+        def forward(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            with self.autocast():
+                return self.family.predict(denoiser, x_t, t, conditioning).float()
+
+        if self.chunk is None:
+            return forward(x_t, t, conditioning)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            # The forward that is run again must not announce another backward pass to what synchronises the gradients.
+            return nullcontext(), getattr(denoiser, "no_sync", nullcontext)()
+
+        parts = (slice(start, start + self.chunk) for start in range(0, len(x_t), self.chunk))
+        given = ((x_t[part], t[part], conditioning[part]) for part in parts)
+        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return torch.cat([checkpoint(forward, *each, **options) for each in given])
+
     def __call__(self, batch: Batch, rng: Keyed) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss `[B]`, weighted, and per-comparison metrics `[B]`, detached; nothing is read back from the device."""
         terms = self.terms(batch, rng)
@@ -148,10 +174,11 @@ class PreferenceStep:
         if self.switches.time_weight != "constant":
             loss = loss * self._ship(time_weight(self.family.level(self._times(batch, rng)), self.switches))
         metrics = self.measure(terms)
-        if self.carried is not None:
-            seen = self.carried.observe(terms) if torch.is_grad_enabled() else {}
-            metrics |= {f"carried/{name}": value.expand(len(batch)) for name, value in self.carried.scalars.items()}
-            metrics |= {f"observed/{name}": value.detach() for name, value in seen.items()}
+        for part in (self.carried, self.adaptive):
+            if part is not None:
+                seen = part.observe(terms) if torch.is_grad_enabled() else {}
+                metrics |= {f"{part.name}/{name}": value.expand(len(batch)) for name, value in part.scalars.items()}
+                metrics |= {f"observed/{name}": value.detach() for name, value in seen.items()}
         if self.importance is not None:
             _, bins, weight = self.importance.place(TIMESTEPS[self.timesteps].spread(rng, batch))
             if torch.is_grad_enabled():
@@ -164,7 +191,8 @@ class PreferenceStep:
     def loss(self, terms: Terms) -> Tensor:
         """`[B]`, of the objective and what is mixed into it."""
         carried = () if self.carried is None else (self.carried.scalars,)
-        loss = self.objective(terms, *carried, **self.knobs)
+        moved = {} if self.adaptive is None else {"beta": self.adaptive.scalars["beta"]}
+        loss = self.objective(terms, *carried, **self.knobs | moved)
         if self.switches.winner_nll:
             loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
         return loss

@@ -74,6 +74,7 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
     _check_merged(config, needs)
     if config.switches.annotator_types > 1:
         _check_types(config, objective, knobs, comparisons[0])
+    _check_beta(config.switches.beta, config.objective.name, objective, knobs, alone=pictures == 1)
     if pictures == 1 and objective.takes != "unpaired":
         raise ConfigError(
             f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
@@ -82,8 +83,9 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
     ones = torch.ones(1, pictures)
     given = {each: ones[:, 0] if each == "residual_dot" else ones for each in needs - {"reference", "drift"}}
     try:
-        carried = () if objective.carry is None else (Carried(objective.carry, knobs, torch.device("cpu")).scalars,)
-        objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *carried, **knobs)
+        carried = Carried.of(objective, knobs, torch.device("cpu"))
+        scalars = () if carried is None else (carried.scalars,)
+        objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *scalars, **knobs)
     except ValueError as error:
         raise ConfigError(f"objective.name {name!r} cannot be used with these data: {error}.") from error
 
@@ -118,6 +120,8 @@ def _check_types(config: Config, objective: Objective, knobs: dict[str, Any], tr
         (reference in MOVING, f"reference.kind {reference!r} follows one policy"),
         (config.train.timesteps == "importance", "train.timesteps 'importance' learns from the gradients of one policy"),
         (config.train.compile, "train.compile compiles one policy"),
+        (config.train.backward == "chunked", "train.backward 'chunked' divides the pictures of one policy"),
+        (config.switches.beta != "fixed", f"switches.beta {config.switches.beta!r} moves β by the margins of all at once"),
     )
     for wrong, why in refused:
         if wrong:
@@ -135,3 +139,21 @@ def _check_types(config: Config, objective: Objective, knobs: dict[str, Any], tr
             f"{types} must know who judged, and {bare} of the {len(train)} comparisons do not say; give every row an "
             "annotator, or name its column, such as data.columns={annotator: user_id}."
         )
+
+
+def _check_beta(how: str, name: str, objective: Objective, knobs: dict[str, Any], *, alone: bool) -> None:
+    """Raise ConfigError where β cannot be moved `how`. alone: each picture was judged by itself."""
+    if how == "fixed":
+        return
+    own = Carried.of(objective, knobs, torch.device("cpu"))
+    reasons = {
+        "has no beta": "beta" not in knobs,
+        "needs no reference, so that there is no margin to move it by": "reference" not in objective.needs,
+        "moves it already": own is not None and "beta" in own.scalars,
+        "has pictures here that were each judged alone": alone,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"switches.beta {how!r} moves objective.beta, but objective.name {name!r} {reason}; set switches.beta=fixed."
+            )

@@ -120,6 +120,15 @@ def tangent_exp(x: Tensor, most: float = 20.0) -> Tensor:
     return low.exp() * (1 + (x - low))
 
 
+def running_moments(carried: Mapping[str, Tensor], means: Mapping[str, Tensor], decay: float) -> dict[str, Tensor]:
+    """`mean` and `deviation` carried on with what was observed of an optimizer step as `reward` and its `square`."""
+    spread = (means["square"] - means["reward"].square()).clamp_min(0).sqrt()
+    return {
+        "mean": decay * carried["mean"] + (1 - decay) * means["reward"],
+        "deviation": decay * carried["deviation"] + (1 - decay) * spread,
+    }
+
+
 @dataclass(frozen=True)
 class Carry:
     """Scalars that an objective carries from one optimizer step to the next, because a pure function sees no batch statistics.

@@ -34,7 +34,7 @@ class Facts:
 
     config: Config
     knobs: dict[str, float]
-    """The objective's, defaults included."""
+    """The objective's, defaults included; without a β that is yet to be found."""
     needs: frozenset[str]
     counted: Counted
     elements: int
@@ -53,7 +53,7 @@ class Facts:
     def sums(self) -> bool:
         """β is so far below its default that it is meant for sums over elements."""
         default = inspect.signature(plugins.load("objectives", self.config.objective.name)).parameters.get("beta")
-        return default is not None and self.knobs["beta"] * SUMS < default.default
+        return default is not None and self.knobs.get("beta", default.default) * SUMS < default.default
 
 
 def _beta_of_sums(facts: Facts) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ def memory(outline: Outline, config: Config) -> list[Part]:
     reference = outline.step.reference
     held = (*reference.parameters(), *reference.buffers()) if outline.live and reference is not None else ()
     own = [tensor for tensor in held if id(tensor) not in shared]
+    # Where pictures go through in chunks, the activations of one chunk are there at a time.
+    together = config.train.batch_size
+    if outline.step.chunk is not None:
+        together = min(together, -(-outline.step.chunk // outline.pictures))
     why = "none: its errors come from the bank" if config.reference.bank else "shared: the policy with its adapters off"
     if own:
         why = "what follows the policy" if config.reference.kind in MOVING else "a frozen copy"
@@ -58,8 +62,8 @@ def memory(outline: Outline, config: Config) -> list[Part]:
         Part("autocast copies", 0 if compute == torch.float32 else compute.itemsize * count, f"trained weights in {precision}"),
         Part(
             "activations",
-            activations(outline, config.train.batch_size, compute),
-            f"estimate: what autograd keeps of {config.train.batch_size} comparisons in {precision}, attention fused",
+            activations(outline, together, compute),
+            f"estimate: what autograd keeps of {together} comparisons in {precision}, attention fused",
         ),
     ]
 
@@ -81,7 +85,7 @@ def activations(outline: Outline, comparisons: int, dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        loss, _ = outline.banked(outline.batch(comparisons), Keyed(0))
+        loss, _ = replace(outline.banked, chunk=None)(outline.batch(comparisons), Keyed(0))
     return sum(storage.nbytes() for storage in kept.values()) if loss.requires_grad else 0
 
 

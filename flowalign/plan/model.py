@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from flowalign.align.adaptive import adaptive
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.merged import open_merged
@@ -18,7 +19,7 @@ from flowalign.data.batch import Batch
 from flowalign.families.base import Family
 from flowalign.families.outline import META
 from flowalign.settings import Config
-from flowalign.setup import choose_timesteps, choose_trainable, load_family, load_objective
+from flowalign.setup import choose_chunk, choose_timesteps, choose_trainable, load_family, load_objective
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         num_chosen=num_chosen,
         switches=config.switches,
         types=len(by_type(learns)),
-        carried=None if objective.carry is None else Carried(objective.carry, knobs, META),
+        carried=Carried.of(objective, knobs, META),
+        adaptive=adaptive(config.switches, knobs, META),
+        chunk=choose_chunk(config),
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
     bank = ReferenceBank(torch.zeros(1, pictures), (torch.zeros(1, pictures, *latents, device=META),))

@@ -14,7 +14,7 @@ from flowalign.plan.flops import count as count_flops
 from flowalign.plan.memory import encoders, memory, size
 from flowalign.plan.model import outline
 from flowalign.plan.work import on_gpus, work
-from flowalign.settings import Config
+from flowalign.settings import AUTO, Config
 from flowalign.train.trainable import trained
 
 
@@ -36,7 +36,7 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
     stages = work(config, flops, counted)
     facts = Facts(
         config,
-        outlined.step.knobs,
+        {name: value for name, value in outlined.step.knobs.items() if config.objective.knobs.get(name) != AUTO},
         outlined.step.objective.needs,
         counted,
         torch.Size(outlined.latents).numel(),

@@ -177,16 +177,9 @@ def alone(terms):
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(install: Callable[..., None]) -> None:
     """A package that offers an objective that needs all there is, and one that needs no reference."""
-    info = tmp_path / "bank_losses-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bank_losses\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[flowalign.objectives]\ndrifting = bank_losses:drifting\nalone = bank_losses:alone\n"
-    )
-    (tmp_path / "bank_losses.py").write_text(LOSSES)
-    monkeypatch.syspath_prepend(tmp_path)
+    install("bank_losses", LOSSES, "drifting = bank_losses:drifting", "alone = bank_losses:alone")
 
 
 @pytest.mark.usefixtures("installed")

@@ -25,10 +25,11 @@ from flowalign.align.switches import check
 from flowalign.data.pairs import fixed_draws
 from flowalign.data.readers import open_comparisons
 from flowalign.data.records import key63
+from flowalign.device import make_accelerator
 from flowalign.errors import ConfigError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
-from flowalign.setup import Prepared, load_objective, make_accelerator, prepare
+from flowalign.setup import Prepared, load_objective, prepare
 from flowalign.train.trainable import trained
 from tests.conftest import schedulers, tiny_pipeline
 
@@ -389,6 +390,8 @@ def test_the_annotator_is_read_by_every_convention(votes: Path, tmp_path: Path) 
         ("reference.kind=ema", "reference.kind 'ema' follows one policy"),
         ("train.timesteps=importance", "'importance' learns from the gradients of one policy"),
         ("train.compile=true", "train.compile compiles one policy"),
+        ("train.backward=chunked", "train.backward 'chunked' divides the pictures of one policy"),
+        ("switches.beta=target", "switches.beta 'target' moves β by the margins of all at once"),
         ("train.seed=1", "must know who judged, and 2 of the 3 comparisons do not say; give every row an annotator"),
     ],
 )

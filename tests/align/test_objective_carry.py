@@ -48,7 +48,11 @@ OBSERVED: dict[str, dict[str, Any]] = {
         "kept": lambda c: expected(c, kept),
         "kept_reward": lambda c: expected(c, lambda reward: kept(reward) * reward),
     },
-    "epsilon_dpo": {"step": lambda c: c.p * step(c, 0.7) + (1 - c.p) * step(c.other, 0.7)},
+    "epsilon_dpo": {
+        "step": lambda c: c.p * step(c, 0.7) + (1 - c.p) * step(c.other, 0.7),
+        "lowered": lambda c: c.p * (step(c, 0.7) > 0) + (1 - c.p) * (step(c.other, 0.7) > 0),
+        "raised": lambda c: c.p * (step(c, 0.7) < 0) + (1 - c.p) * (step(c.other, 0.7) < 0),
+    },
     "kto": {"log_ratio": lambda c: fmean(c.h)},
 }
 

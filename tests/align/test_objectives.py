@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,13 +239,8 @@ def squared_hinge(terms, carried, *, beta: float = 2000.0):
 
 
 @each_check
-def test_an_objective_of_another_package(check: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = tmp_path / "losses-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: losses\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[flowalign.objectives]\nsquared_hinge = losses_of_others:squared_hinge\n")
-    (tmp_path / "losses_of_others.py").write_text(OUTSIDE)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_an_objective_of_another_package(check: Callable[..., None], install: Callable[..., None]) -> None:
+    install("losses_of_others", OUTSIDE, "squared_hinge = losses_of_others:squared_hinge")
     assert "squared_hinge" in plugins.names("objectives")
 
     def formula(c: Comparison, _: Comparison) -> float:

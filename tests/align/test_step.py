@@ -21,6 +21,7 @@ from flowalign.errors import SelfTestError
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
+from tests.align.test_objective_steps import table
 
 Make = Callable[..., Prepared]
 
@@ -210,6 +211,57 @@ def test_gradient_checkpointing_gives_the_same_gradients(prepared: Make, trainab
     assert found[0].keys() == found[1].keys() == trained(ready.policy).keys()
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize(("objective", "group"), [("dpo", 1), ("mipo", 3), ("tdpo", 1), ("plackett_luce", 3)])
+def test_chunks_give_the_gradients_of_all_pictures_together(
+    prepared: Make, votes: Path, tmp_path: Path, objective: str, group: int, trainable: str
+) -> None:
+    """Of a batch of two comparisons, in chunks that cut through comparisons and leave a rest; in float64, as shapes round."""
+    path = table(votes, tmp_path, group)
+    common = (f"trainable.kind={trainable}", f"data.train={path}", f"data.validation={path}")
+    strength = {"mipo": "tau: 50", "plackett_luce": "beta: 50"}.get(objective, "beta: 500")
+    found = []
+    for backward in ("joint", "chunked"):
+        ready = prepared(*common, f"objective={{name: {objective}, {strength}}}", f"train.backward={backward}", "train.chunk=3")
+        perturb(ready)
+        for module in (ready.policy, ready.step.reference):
+            module.double()
+        found.append(gradients(ready, ready.first_batch()))
+    assert found[0].keys() == found[1].keys() == trained(ready.policy).keys()
+    joint, chunked = (torch.cat([grad.flatten() for grad in each.values()]) for each in found)
+    assert (chunked - joint).abs().max() < 1e-5 * joint.abs().max()
+
+
+def test_in_chunks_only_one_chunk_is_in_the_denoiser_at_a_time(prepared: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of the policy without gradients to keep, then each chunk once more on the way back."""
+    ready = prepared("train.batch_size=3", "train.backward=chunked", "train.chunk=4")
+    sizes: list[int] = []
+    predict = type(ready.family).predict
+
+    def counted(self: object, denoiser: object, x_t: Tensor, *rest: object) -> Tensor:
+        sizes.append(len(x_t))
+        return predict(self, denoiser, x_t, *rest)
+
+    monkeypatch.setattr(type(ready.family), "predict", counted)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = ready.step(ready.first_batch(), Keyed(0))
+    assert sizes == [4, 2, 4, 2]  # policy, reference
+    held = sum(kept)
+    loss.mean().backward()
+    assert sorted(sizes[4:]) == [2, 4]
+    joint = prepared("train.batch_size=3")
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        joint.step(joint.first_batch(), Keyed(0))
+    assert held < 0.05 * sum(kept)
 
 
 def test_a_tie_has_no_gradient_while_policy_and_reference_agree(prepared: Make) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from flowalign import plugins, runs
 from flowalign.config import parse
 from flowalign.data.batch import GEOMETRY, Conditioning
+from flowalign.device import make_accelerator
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family, open_checkpoint
@@ -29,7 +30,7 @@ from flowalign.plan.flops import count, counted
 from flowalign.plan.model import outline
 from flowalign.rng import Keyed
 from flowalign.settings import Config
-from flowalign.setup import Prepared, make_accelerator, prepare
+from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
 from tests.families.conftest import BUILDERS
 

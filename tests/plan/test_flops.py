@@ -107,6 +107,13 @@ def test_a_step_does_what_the_plan_says(prepared: Make, trainable: str, bank: st
         assert found.policy_backward < 1.5 * found.policy_forward + again
 
 
+def test_chunks_cost_one_more_forward(prepared: Make) -> None:
+    joint, chunked = prepared(), prepared("train.backward=chunked", "train.chunk=2")
+    plain, found = (count(outline(ready.config)) for ready in (joint, chunked))
+    assert executed(chunked) == 2 * found.cached
+    assert found.cached == pytest.approx(plain.cached + plain.policy_forward, rel=0.01)
+
+
 def test_an_objective_that_needs_no_reference_runs_none(prepared: Make) -> None:
     @needs()
     def winner(terms: Terms) -> torch.Tensor:

@@ -107,3 +107,9 @@ def test_encoders_are_those_of_the_checkpoint(prepared: Make) -> None:
     }
     assert found["vae"]["bytes"] == 4 * found["vae"]["parameters"]  # force_upcast
     assert found["text_encoder"]["bytes"] == 2 * found["text_encoder"]["parameters"]
+
+
+def test_in_chunks_the_activations_are_those_of_one_chunk(settings: Callable[..., Config], tmp_path: Path) -> None:
+    """Four pictures of eight comparisons of two: what two comparisons keep."""
+    chunked = planned(settings(tmp_path, "train.batch_size=8", "train.backward=chunked", "train.chunk=4"))
+    assert chunked["activations"] == planned(settings(tmp_path, "train.batch_size=2"))["activations"]

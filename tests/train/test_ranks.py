@@ -58,6 +58,19 @@ def test_two_processes_are_one_with_twice_the_batch(settings: Make, two: tuple[P
     assert max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name) > 3e-4
 
 
+def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    chunked = spread(settings, tmp_path / "run", 2, "train.backward=chunked", "train.chunk=1")
+    codes, said = forks("ranks", chunked, tmp_path, 2, free_port())
+    assert codes == {"ranks": 0}, said
+    runs.align(spread(settings, tmp_path / "one", 1), progress=False)
+    torch.set_num_threads(before)
+    one, both = (load_file(tmp_path / name / "weights" / FILES["lora"]) for name in ("one", "run"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:
     sentence = "the processes of this run are not alike: train.learning_rate is 0.0001 in process 0 and 0.5 in process 1"
     assert two[1].count(f"ConfigError: {sentence}") == 2  # each of them says so

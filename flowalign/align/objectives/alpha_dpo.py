@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.align.terms import Terms, carries, needs
+from flowalign.align.terms import Terms, carries, needs, running_moments
 
 
 def start(*, beta: float, gamma: float, alpha: float, decay: float) -> dict[str, float]:
@@ -27,11 +27,7 @@ def advance(
     carried: Mapping[str, Tensor], means: Mapping[str, Tensor], *, beta: float, gamma: float, alpha: float, decay: float
 ) -> dict[str, Tensor]:
     """Running mean and deviation."""
-    spread = (means["square"] - means["reward"].square()).clamp_min(0).sqrt()
-    return {
-        "mean": decay * carried["mean"] + (1 - decay) * means["reward"],
-        "deviation": decay * carried["deviation"] + (1 - decay) * spread,
-    }
+    return running_moments(carried, means, decay)
 
 
 @carries(start=start, observe=observe, advance=advance)

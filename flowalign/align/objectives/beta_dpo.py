@@ -8,7 +8,7 @@ from statistics import NormalDist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from flowalign.align.terms import Terms, carries, needs
+from flowalign.align.terms import Terms, carries, needs, running_moments
 
 
 def start(*, beta: float, gain: float, keep: float, decay: float) -> dict[str, float]:
@@ -39,14 +39,9 @@ def advance(
     carried: Mapping[str, Tensor], means: Mapping[str, Tensor], *, beta: float, gain: float, keep: float, decay: float
 ) -> dict[str, Tensor]:
     """Running mean and deviation, and β(1 + a(mean of the kept − running mean)), not below a hundredth of β."""
-    mean = decay * carried["mean"] + (1 - decay) * means["reward"]
-    spread = (means["square"] - means["reward"].square()).clamp_min(0).sqrt()
-    lead = means["kept_reward"] / means["kept"].clamp_min(1e-6) - mean
-    return {
-        "beta": beta * (1 + gain * lead).clamp_min(0.01),
-        "mean": mean,
-        "deviation": decay * carried["deviation"] + (1 - decay) * spread,
-    }
+    moments = running_moments(carried, means, decay)
+    lead = means["kept_reward"] / means["kept"].clamp_min(1e-6) - moments["mean"]
+    return {"beta": beta * (1 + gain * lead).clamp_min(0.01), **moments}
 
 
 @carries(start=start, observe=observe, advance=advance)

@@ -26,8 +26,14 @@ def step(terms: Terms, *, epsilon: float) -> Tensor:
 
 
 def observe(terms: Terms, carried: Mapping[str, Tensor], *, beta: float, epsilon: float) -> dict[str, Tensor]:
-    """The step of each pair, in expectation over its label."""
-    return {"step": (2 * terms.preference - 1) * step(terms, epsilon=epsilon)}
+    """The step of each pair, and whether it raises or lowers β, in expectation over the label."""
+    up, p = step(terms, epsilon=epsilon), terms.preference
+    lowered, raised = ((sign * up > 0).to(up.dtype) for sign in (1, -1))
+    return {
+        "step": (2 * p - 1) * up,
+        "lowered": p * lowered + (1 - p) * raised,
+        "raised": p * raised + (1 - p) * lowered,
+    }
 
 
 def advance(carried: Mapping[str, Tensor], means: Mapping[str, Tensor], *, beta: float, epsilon: float) -> dict[str, Tensor]:
