@@ -41,8 +41,8 @@ from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
-from flowalign.train.trainable import export, kohya, trained
-from flowalign.watch import draw_samples, parts, sample_prompts, validation
+from flowalign.train.trainable import kohya, trained
+from flowalign.watch import draw_samples, sample_prompts, validation, write_weights
 
 
 def align(config: Config, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         "pairs_per_second": last.get("train/pairs_per_second"),
         "metrics": last,
         "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in "
-        f"{run.weights if config.switches.annotator_types == 1 else run.types / '*' / 'weights'}, "
+        f"{run.weights if run.weights.is_dir() else run.types}, "
         f"report in {run.path / 'report.html'}",
     }
 
@@ -180,15 +180,8 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
         draw_samples(config, ready, run, prompts, config.train.steps, progress)
     with ready.whole() as denoiser:
         if denoiser is not None:
-            family = ready.family
-            for part, policy in parts(run, denoiser):
-                if part is not run:
-                    write_text(part.config, configuration.dump(config))
-                export(policy, config.trainable.kind, family.pipeline(policy), family.component, part.weights)
-                report(part.path)
-            if ready.annotators is not None:
-                run.write_json("annotators.json", ready.annotators.table())
-                report(run.path)
+            for folder in write_weights(config, ready, run, denoiser):
+                report(folder)
     ready.ranks.wait()
 
 

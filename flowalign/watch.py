@@ -1,8 +1,9 @@
-"""What a run looks at along the way: metrics on held-out comparisons, and sample pictures."""
+"""What a run shows: metrics on held-out comparisons and sample pictures along the way, weights at the end."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import nn
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.mixture import MixtureStep, by_type
 from flowalign.align.step import PreferenceStep
+from flowalign.config import dump
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.families.sampling import SamplerSettings, write_images
+from flowalign.files import write_text
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.rundir import RunDir
+from flowalign.train.trainable import export
 
 
 @torch.no_grad()
@@ -91,3 +95,16 @@ def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
     if len(policies) == 1:
         return [(run, policy)]
     return [(RunDir(run.types / str(place)), each) for place, each in enumerate(policies)]
+
+
+def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Module) -> list[Path]:
+    """What was learned, for others to load, and who is of which type of annotator; returns the run folders that hold it."""
+    family, written = ready.family, []
+    for part, each in parts(run, policy):
+        write_text(part.config, dump(config))
+        export(each, config.trainable.kind, family.pipeline(each), family.component, part.weights)
+        written.append(part.path)
+    if ready.annotators is not None:
+        run.write_json("annotators.json", ready.annotators.table())
+        written.append(run.path)
+    return written
