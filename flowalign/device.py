@@ -58,10 +58,12 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    if accelerator.is_fsdp2 and config.reference.kind in MOVING:
+    several = config.switches.annotator_types > 1
+    if accelerator.is_fsdp2 and (several or config.reference.kind in (*MOVING, "merged")):
+        what = "switches.annotator_types above 1" if several else f"reference.kind {config.reference.kind!r}"
         raise ConfigError(
-            f"reference.kind {config.reference.kind!r} follows weights that lie whole in every process, and FSDP 2 shards "
-            "them; set reference.kind=auto, or use configs/accelerate/ddp.yaml."
+            f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
+            "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
         )
     if accelerator.is_fsdp2 and config.train.backward == "chunked":
         raise ConfigError(

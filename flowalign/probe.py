@@ -52,7 +52,7 @@ def suggest(
         )
     start = {**config.objective.knobs, "beta": knobs["beta"]}
     train = dict(steps=steps, warmup_steps=0, schedule="constant", ema=None, save_every=None, validate_every=None, trackers=())
-    switches = config.switches.model_copy(update={"beta": "fixed"})
+    switches = config.switches.model_copy(update={"beta": "fixed", "annotator_types": 1})
     parts = {"objective": Objective(name=config.objective.name, **start), "switches": switches}
     parts["train"] = config.train.model_copy(update=train)
     with tempfile.TemporaryDirectory() as folder:

@@ -41,8 +41,8 @@ from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
-from flowalign.train.trainable import export, kohya, trained
-from flowalign.watch import draw_samples, sample_prompts, validation
+from flowalign.train.trainable import kohya, trained
+from flowalign.watch import draw_samples, sample_prompts, validation, write_weights
 
 
 def align(config: Config, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
         "seconds_training": seconds,
         "pairs_per_second": last.get("train/pairs_per_second"),
         "metrics": last,
-        "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in {run.weights}, "
+        "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in "
+        f"{run.weights if run.weights.is_dir() else run.types}, "
         f"report in {run.path / 'report.html'}",
     }
 
@@ -95,7 +96,7 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
     """From the newest of the states found to the finished folder; whether it got there, and the seconds of training."""
     ready = prepare(config, accelerator, progress=progress)
     learned: dict[str, torch.Tensor] = {}
-    for part in (ready.step.importance, ready.step.carried, ready.step.adaptive, ready.following):
+    for part in (ready.step.importance, ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
         learned |= part.tensors() if part is not None else {}
     state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
     # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
@@ -103,7 +104,7 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
     if found:
         load(found[-1], state, ready.about)
     else:
-        ready.step.self_test(ready.first_batch(), Keyed(config.train.seed))
+        ready.at_start.self_test(ready.first_batch(), Keyed(config.train.seed))
         plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
         few = islice(sequential(ready.train, 1), 8)
         plain.gains(few, list(trained(ready.policy).values()), Keyed(config.train.seed))
@@ -136,11 +137,11 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
     validate = (
         None
         if ready.held_out is None
-        else lambda: validation(ready.step, ready.held_out, config, accelerator, ready.held_out_bank)
+        else lambda: validation(ready.full_step, ready.held_out, config, accelerator, ready.held_out_bank)
     )
 
     def after(step: int) -> None:
-        for part in (ready.step.carried, ready.step.adaptive, ready.following):
+        for part in (ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
             if part is not None:
                 part.after(step)
 
@@ -151,7 +152,7 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         ready.model,
         state,
         ready.batches,
-        ready.step,
+        ready.full_step,
         config.train,
         Hooks(
             record,
@@ -179,9 +180,8 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
         draw_samples(config, ready, run, prompts, config.train.steps, progress)
     with ready.whole() as denoiser:
         if denoiser is not None:
-            family = ready.family
-            export(denoiser, config.trainable.kind, family.pipeline(denoiser), family.component, run.weights)
-            report(run.path)
+            for folder in write_weights(config, ready, run, denoiser):
+                report(folder)
     ready.ranks.wait()
 
 

@@ -92,15 +92,25 @@ class Objective(Section):
 class Reference(Section):
     """The model that the policy is compared with."""
 
-    kind: Literal["auto", "adapters_off", "copy", "ema", "refresh"] = "auto"
+    kind: Literal["auto", "adapters_off", "copy", "ema", "refresh", "merged"] = "auto"
     """the pretrained model, as the policy with its adapters off or as a frozen copy (auto takes the first where there are
-    adapters); or one that follows the policy: at every step (ema), or every so many (refresh)"""
+    adapters); or one that follows the policy: at every step (ema), or every so many (refresh); or several models (merged)"""
     decay: Below1 = 0.995
     """ema: what the reference keeps of itself at every step"""
     every: Positive = 100
     """refresh: steps from one refresh to the next"""
     mix: Annotated[float, Field(gt=0, le=1)] = 1.0
     """refresh: how far the reference moves to the policy; 1 makes them equal"""
+    checkpoints: tuple[str, ...] = ()
+    """merged: run folders and checkpoints of the model's family, the model itself among them if it shall count"""
+    weights: tuple[Rate, ...] = ()
+    """merged: the share of each, summing to 1; empty shares evenly"""
+    merge: Literal["predictions", "harmonic"] = "predictions"
+    """merged: the weighted mean of their predictions, or MRPO's weighted harmonic mean of their likelihoods"""
+    sharpness: Rate = 2000.0
+    """harmonic: κ, nats of log-likelihood for a unit of h; towards 0 the mean error counts, towards infinity the largest"""
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    """harmonic: η, how far errors may lie from that of the first checkpoint, as a share of it; null does not clip"""
     bank: Positive | None = None
     """train each comparison on so many fixed draws of time and noise, with the reference's errors stored; null draws anew"""
 
@@ -127,6 +137,12 @@ class Switches(Section):
     """given: errors count where the masks in the data are white"""
     label_noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """probability that a training comparison's vote is turned around, once and for all, 0 to 0.5; for experiments"""
+    annotator_types: Positive = 1
+    """K of EM-DPO: a policy for each kind of annotator, all adapters over one model, see docs/methods/em_dpo.md"""
+    annotator_every: Positive | None = None
+    """steps from one guess of who is of which type to the next; null is once all comparisons were trained on"""
+    annotator_first: Natural | None = None
+    """no such guess before this step, when the policies have hardly moved; null is three times annotator_every"""
     beta: Literal["fixed", "batch", "target"] = "fixed"
     """β stays as it is, follows how far the pairs of the last step were apart, or moves towards `target_factor`"""
     target_factor: Annotated[float, Field(gt=0, lt=0.5)] = 0.3

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.fill import fill_banks
+from flowalign.align.merged import open_merged
+from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
 from flowalign.align.reference import MOVING, Following, following, with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.align.switches import check
@@ -64,6 +67,8 @@ class Prepared:
     ranks: Ranks
     following: Following | None = None
     """What moves the reference, where it does."""
+    annotators: Annotators | None = None
+    """Who is of which type, where there is a policy for each."""
     plain: nn.Module | None = None
     """Where the policy lies in shards: a module like it for the whole weights, in the process that writes."""
 
@@ -88,6 +93,18 @@ class Prepared:
 
     def first_batch(self) -> Batch:
         return next(self.batches(0))
+
+    @property
+    def full_step(self) -> PreferenceStep | MixtureStep:
+        """What `fit` calls: the step, of all policies where there are several."""
+        return self.step if self.annotators is None else MixtureStep(self.step, self.annotators)
+
+    @property
+    def at_start(self) -> PreferenceStep | MixtureStep:
+        """The same held against the model that the policy starts as, which is not what several references say."""
+        several = self.config.reference.kind == "merged"
+        step = replace(self.step, reference=self.family.denoiser, bank=None) if several else self.step
+        return replace(self, step=step).full_step
 
 
 def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, position: int = 0) -> PairStream:
@@ -144,15 +161,16 @@ def choose_timesteps(config: Config, family: Family) -> str:
 def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
     """Turn on gradients for what the configuration trains of `policy`. Raises ConfigError."""
     wanted = config.trainable
-    make_trainable(
-        policy,
-        wanted.kind,
-        rank=wanted.rank,
-        alpha=wanted.alpha,
-        targets=wanted.targets or family.lora_targets,
-        seed=config.train.seed,
-        gradient_checkpointing=wanted.gradient_checkpointing,
-    )
+    for place, each in enumerate(by_type(policy)):
+        make_trainable(
+            each,
+            wanted.kind,
+            rank=wanted.rank,
+            alpha=wanted.alpha,
+            targets=wanted.targets or family.lora_targets,
+            seed=type_seed(config.train.seed, place),
+            gradient_checkpointing=wanted.gradient_checkpointing,
+        )
 
 
 def choose_chunk(config: Config) -> int | None:
@@ -227,8 +245,16 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     def over_ranks(values: Tensor) -> Tensor:
         return accelerator.reduce(values, "mean")
 
+    annotators = None
+    if config.switches.annotator_types > 1:
+        total = partial(accelerator.reduce, reduction="sum")
+        annotators = make_annotators(config, train.cached, ranks.count, accelerator.device, total)
+        about["annotators"] = annotators.fingerprint
     compiled = torch.compile if config.train.compile else lambda module: module
     anchor = compiled(frozen)
+    if config.reference.kind == "merged":
+        merged = open_merged(config.reference, config.model, family).to(memory_format=layout)
+        about["references"], anchor = merged.about, merged.compiled(compiled)
     step = PreferenceStep(
         family=family,
         policy=frozen,
@@ -253,6 +279,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind == "lora"
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
+    policy = of_types(policy, config.switches.annotator_types)
     choose_trainable(config, family, policy)
     policy.to(memory_format=layout)
     moving = None
@@ -266,7 +293,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    step = replace(step, policy=model, reference=None if reference is None else anchor, bank=bank)
+    step = replace(step, policy=model, types=len(by_type(policy)), reference=None if reference is None else anchor, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(
         config,
@@ -284,5 +311,6 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         about,
         ranks,
         moving,
+        annotators,
         plain,
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 from flowalign.data.audit import audit
 from flowalign.data.cache import LatentCache
-from flowalign.data.fill import Cached, fill
+from flowalign.data.cached import Cached
+from flowalign.data.fill import fill
 from flowalign.data.index import index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows

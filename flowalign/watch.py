@@ -1,25 +1,35 @@
-"""What a run looks at along the way: metrics on held-out comparisons, and sample pictures."""
+"""What a run shows: metrics on held-out comparisons and sample pictures along the way, weights at the end."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.mixture import MixtureStep, by_type
 from flowalign.align.step import PreferenceStep
+from flowalign.config import dump
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.families.sampling import SamplerSettings, write_images
+from flowalign.files import write_text
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.rundir import RunDir
+from flowalign.train.trainable import export
 
 
 @torch.no_grad()
 def validation(
-    step: PreferenceStep, held_out: PairDataset, config: Config, accelerator: Any, bank: ReferenceBank | None = None
+    step: PreferenceStep | MixtureStep,
+    held_out: PairDataset,
+    config: Config,
+    accelerator: Any,
+    bank: ReferenceBank | None = None,
 ) -> dict[str, float]:
     """Metrics on held-out comparisons at fixed (t, noise) draws: the same numbers at each call for the same weights.
 
@@ -72,7 +82,29 @@ def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str
         steps=config.sample.steps, guidance=config.sample.guidance, precision=config.train.precision, height=side, width=side
     )
     seeds = [config.sample.seed + index for index in range(len(prompts))]
-    folder, size = run.samples / f"step-{step:08d}", config.sample.batch_size
+    size = config.sample.batch_size
     with ready.whole() as denoiser:
-        if denoiser is not None:
-            write_images(folder, ready.family.pipeline(denoiser), prompts, seeds, settings, batch_size=size, progress=progress)
+        for part, policy in [] if denoiser is None else parts(run, denoiser):
+            folder, pipeline = part.samples / f"step-{step:08d}", ready.family.pipeline(policy)
+            write_images(folder, pipeline, prompts, seeds, settings, batch_size=size, progress=progress)
+
+
+def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
+    """Each policy with the folder of its weights and pictures: the run's own, or one for each type of annotator."""
+    policies = by_type(policy)
+    if len(policies) == 1:
+        return [(run, policy)]
+    return [(RunDir(run.types / str(place)), each) for place, each in enumerate(policies)]
+
+
+def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Module) -> list[Path]:
+    """What was learned, for others to load, and who is of which type of annotator; returns the run folders that hold it."""
+    family, written = ready.family, []
+    for part, each in parts(run, policy):
+        write_text(part.config, dump(config))
+        export(each, config.trainable.kind, family.pipeline(each), family.component, part.weights)
+        written.append(part.path)
+    if ready.annotators is not None:
+        run.write_json("annotators.json", ready.annotators.table())
+        written.append(run.path)
+    return written

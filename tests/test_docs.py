@@ -134,7 +134,8 @@ def test_derivations_are_of_objectives_and_are_linked() -> None:
     folder = ROOT / "docs" / "methods"
     linked = set(re.findall(r"\]\((\w+)\.md\)", (folder / "README.md").read_text(encoding="utf-8")))
     assert linked == {page.stem for page in folder.glob("*.md")} - {"README"}
-    assert linked <= set(plugins.names("objectives"))
+    switches = set(re.findall(r"\]\(methods/(\w+)\.md\)", (ROOT / "docs" / "switches.md").read_text(encoding="utf-8")))
+    assert linked == (linked & set(plugins.names("objectives"))) | switches
 
 
 def test_every_convention_is_documented_with_its_columns() -> None:

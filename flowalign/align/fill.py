@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowalign.align.bank import ReferenceBank, Stored, fill_bank
+from flowalign.align.merged import Merged
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
@@ -50,6 +51,7 @@ def fill_banks(
         )
     cfg, device = config.train, accelerator.device
     stored = stored_for(step.objective.needs, config)
+    references = step.reference.about if isinstance(step.reference, Merged) else None
     shared = {
         "fingerprints": [step.family.fingerprint(part) for part in ("denoiser", "images", "prompts")],
         "compute": [
@@ -60,7 +62,7 @@ def fill_banks(
             torch.__version__,
             cfg.batch_size if step.chunk is None else {"pictures": step.chunk},
         ],
-    }
+    } | ({} if references is None else {"references": references})
 
     def fill(
         data: PairDataset,

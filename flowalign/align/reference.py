@@ -22,7 +22,8 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
     alone, so the reference is the policy with its adapters off, costs no memory, and nothing is switched at each step.
     `copy`: the policy has parameters of its own. `auto` and the moving kinds: `adapters_off` for LoRA, `copy` for a full
     fine-tune; see `following` for what else a moving one needs.
-    `banked`: the reference's errors are stored, so a full fine-tune takes `denoiser` itself and has no second one.
+    `banked`: the reference's errors are stored, so a full fine-tune takes `denoiser` itself and has no second one, and `merged`
+    references, which `merged.open_merged` makes, are not held.
 
     Raises ConfigError for `adapters_off` without LoRA, where the reference would move with the policy, and for a bank of a
     reference that moves.
@@ -43,7 +44,7 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
     share = lora and kind != "copy"
     memo = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())} if share else {}
     policy = copy.deepcopy(denoiser, memo)
-    return policy, denoiser
+    return policy, None if banked and kind == "merged" else denoiser
 
 
 class Following:

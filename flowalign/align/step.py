@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.inversion import inverted
+from flowalign.align.merged import Merged
 from flowalign.align.switches import safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -50,6 +51,8 @@ class PreferenceStep:
     switches: Switches = PLAIN
     carried: Carried | None = None
     """What the objective carries from step to step; None where it carries nothing."""
+    types: int = 1
+    """Policies in `policy`, see `mixture.Types`; a batch then holds the same comparisons once for each of them."""
     adaptive: Carried | None = None
     """What moves β; None where it stays what the knobs say."""
     chunk: int | None = None
@@ -82,7 +85,7 @@ class PreferenceStep:
         (x0, t), conditioning = self._drawn(batch, rng), self.told(batch)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return self._anchor(x.contiguous(memory_format=self.memory_format), t, conditioning)
+            return self._anchor(x.contiguous(memory_format=self.memory_format), t, conditioning, _mean_square)[1]
 
         noise = inverted(self.family, predict, x0, t, self.switches.inversion_steps)
         return replace(batch, noise=noise.view(batch.mean.shape))
@@ -104,7 +107,11 @@ class PreferenceStep:
         batch, root = self.with_noise(batch, rng), self._root(batch)
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
-        prediction = self._predict(self.policy, x_t, t, conditioning)
+        if self.types == 1:
+            prediction = self._predict(self.policy, x_t, t, conditioning)
+        else:
+            with self.autocast():
+                prediction = self.policy(self.family, x_t, t, conditioning).float()
         residual = _weighed(prediction - target, root)
         error = _mean_square(residual).view(count, pictures)
         dot = None
@@ -119,8 +126,8 @@ class PreferenceStep:
             reference_error = self._ship(self.bank(batch))
             anchor = self._ship(self.bank.predicted(batch)).flatten(0, 1) if "drift" in self.objective.needs else None
         elif held_against:
-            anchor = self._anchor(x_t, t, conditioning)
-            reference_error = _mean_square(_weighed(anchor - target, root)).view(count, pictures)
+            found, anchor = self._anchor(x_t, t, conditioning, self._held_to(target, root))
+            reference_error = found.view(count, pictures)
         with_drift = anchor is not None and "drift" in self.objective.needs
         return Terms(
             policy_error=error,
@@ -136,19 +143,37 @@ class PreferenceStep:
     def for_bank(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
         """What a bank stores: the reference's errors `[B, N]` and its predictions `[B, N, C, h, w]`, float32."""
         x_t, target, t = self.noised(batch, rng)
-        anchor = self._anchor(x_t, t, self.told(batch))
-        error = _mean_square(_weighed(anchor - target, self._root(batch)))
-        return error.view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
+        errors, anchor = self._anchor(x_t, t, self.told(batch), self._held_to(target, self._root(batch)))
+        return errors.view(batch.mean.shape[:2]), anchor.view(batch.mean.shape)
 
     def _root(self, batch: Batch) -> Tensor | None:
         """√m of each picture's mask, `[B·N, 1, h, w]`: with residuals times it, means of products are those weighted by m."""
         return None if batch.mask is None else self._ship(batch.mask).sqrt().flatten(0, 1)[:, None]
 
+    def _held_to(self, target: Tensor, root: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """What gives the errors of predictions, of each comparison once however many policies there are."""
+        once = slice(len(target) // self.types)
+        weight = None if root is None else root[once]
+        return lambda prediction: _mean_square(_weighed(prediction - target[once], weight))
+
     @torch.no_grad()
-    def _anchor(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _anchor(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning, error: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Errors `[B·N]`, as `error` measures them, and predictions `[B·N, C, h, w]` of the reference, float32."""
         if self.reference is None:
             raise ValueError("the step has neither a bank nor a reference")
-        return self._predict(self.reference, x_t, t, conditioning)
+        once = slice(len(x_t) // self.types)
+
+        def predict(denoiser: nn.Module) -> Tensor:
+            return self._predict(denoiser, x_t[once], t[once], conditioning[once])
+
+        if isinstance(self.reference, Merged):
+            errors, anchor = self.reference(predict, error)
+        else:
+            anchor = predict(self.reference)
+            errors = error(anchor)
+        return (errors, anchor) if self.types == 1 else (errors.repeat(self.types), torch.cat([anchor] * self.types))
 
     def _predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """`[B·N, C, h, w]` float32. In chunks no activations are kept: the backward pass runs each chunk again, one at a time.

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.align.carried import Carried
 from flowalign.align.reference import MOVING
 from flowalign.align.terms import Objective, Terms
-from flowalign.data.fill import Cached
+from flowalign.data.cached import Cached
 from flowalign.errors import ConfigError
 from flowalign.families.base import Family, Level
 from flowalign.settings import Config, Switches
@@ -87,6 +87,9 @@ def check(config: Config, family: Family, objective: Objective, knobs: dict[str,
         raise ConfigError(
             f"reference.kind {kind!r} moves a reference, but objective.name {name!r} needs none; set reference.kind=auto."
         )
+    _check_merged(config, needs)
+    if config.switches.annotator_types > 1:
+        _check_types(config, objective, knobs, comparisons[0])
     _check_beta(config.switches.beta, config.objective.name, objective, knobs, alone=pictures == 1)
     if pictures == 1 and objective.takes != "unpaired":
         raise ConfigError(
@@ -126,6 +129,57 @@ def reads_votes(objective: Objective, knobs: dict[str, Any], pictures: int, num_
         for label in falling.new_tensor([[0.0], [1.0]])
     ]
     return not torch.equal(*losses)
+
+
+def _check_merged(config: Config, needs: frozenset[str]) -> None:
+    settings, name = config.reference, config.objective.name
+    if settings.kind != "merged":
+        if settings.checkpoints:
+            raise ConfigError(
+                f"reference.checkpoints names {len(settings.checkpoints)} models, and reference.kind {settings.kind!r} reads "
+                "none of them; set reference.kind=merged."
+            )
+        return
+    if not needs & {"reference", "drift"}:
+        raise ConfigError(
+            f"reference.kind 'merged' holds several references, but objective.name {name!r} needs none; set "
+            "reference.kind=auto."
+        )
+    if settings.merge == "harmonic" and "drift" in needs:
+        raise ConfigError(
+            f"reference.merge 'harmonic' merges errors, and objective.name {name!r} reads the predictions of one reference; "
+            "set reference.merge=predictions."
+        )
+
+
+def _check_types(config: Config, objective: Objective, knobs: dict[str, Any], train: Cached) -> None:
+    name, types = config.objective.name, f"switches.annotator_types {config.switches.annotator_types}"
+    reference, trainable = config.reference.kind, config.trainable.kind
+    refused = (
+        (objective.carry is not None, f"objective.name {name!r} carries averages over all policies at once"),
+        (trainable != "lora", f"trainable.kind {trainable!r} has no adapters to be a policy of each type"),
+        (reference in MOVING, f"reference.kind {reference!r} follows one policy"),
+        (config.train.timesteps == "importance", "train.timesteps 'importance' learns from the gradients of one policy"),
+        (config.train.compile, "train.compile compiles one policy"),
+        (config.train.backward == "chunked", "train.backward 'chunked' divides the pictures of one policy"),
+        (config.switches.beta != "fixed", f"switches.beta {config.switches.beta!r} moves β by the margins of all at once"),
+    )
+    for wrong, why in refused:
+        if wrong:
+            raise ConfigError(
+                f"{types} trains a policy for each type, but {why}; change it, or set switches.annotator_types=1."
+            )
+    if "reference" not in objective.needs or "beta" not in knobs or train.pictures.shape[1] == 1:
+        raise ConfigError(
+            f"{types} reads from βΔ what an annotator is like, but with objective.name {name!r} and these data there is no β, "
+            "no reference or no pair; take an objective such as dpo, and comparisons."
+        )
+    bare = int((np.array(train.annotators)[train.annotator] == "").sum())
+    if bare:
+        raise ConfigError(
+            f"{types} must know who judged, and {bare} of the {len(train)} comparisons do not say; give every row an "
+            "annotator, or name its column, such as data.columns={annotator: user_id}."
+        )
 
 
 def _check_beta(how: str, name: str, objective: Objective, knobs: dict[str, Any], *, alone: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class Batch:
     """`[B, N, H, W]` float32, how much each place of a picture counts, with mean 1; None where no row has a mask."""
     noise: Tensor | None = None
     """`[B, N, C, H, W]` float32, the noise that each picture gets; None where it is drawn."""
+    annotators: tuple[int, ...] = ()
+    """`records.key63` of who judged each comparison; -1 where the data do not say."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,4 +97,13 @@ class Batch:
             self.draws,
             self.positions,
             *(None if each is None else each.pin_memory() for each in (self.scores, self.grades, self.mask, self.noise)),
+            self.annotators,
         )
+
+    def tiled(self, times: int) -> Batch:
+        """All comparisons, so many times one after another: `[B, ...] -> [times*B, ...]`."""
+        places = torch.arange(len(self)).repeat(times)
+        names = ("mean", "std", "geometry", "conditioning", "preference", "weight", "scores", "grades", "mask", "noise")
+        tensors = {name: value[places] for name in names if (value := getattr(self, name)) is not None}
+        numbers = {name: getattr(self, name) * times for name in ("ids", "draws", "positions", "annotators")}
+        return replace(self, **tensors, **numbers)

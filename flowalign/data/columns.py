@@ -19,6 +19,7 @@ from flowalign.errors import DataError, allowed
 
 CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)(?::(?P<column>\w+))?")
 PROMPTS = ("prompt", "caption")
+ANNOTATOR = "annotator"
 OPTIONAL = (
     "weight",
     "margin",
@@ -39,7 +40,7 @@ TWO_SIDES = {
 }
 SIDED = ("seed", "noise", "mask")
 """Optional columns that conventions with two sides also take for each side, as in `chosen_seed` and `rejected_seed`."""
-FREE = {*PROMPTS, *OPTIONAL, *(f"{side}_{name}" for sides in TWO_SIDES.values() for side in sides for name in SIDED)}
+FREE = {*PROMPTS, *OPTIONAL, ANNOTATOR, *(f"{side}_{name}" for sides in TWO_SIDES.values() for side in sides for name in SIDED)}
 """Columns that say nothing about the convention."""
 
 
@@ -83,6 +84,11 @@ class Row:
         if value is None:
             raise DataError("the prompt is missing; give every row one")
         return str(value) if isinstance(value, str) else ""  # a Comparison does not take an empty prompt
+
+    @property
+    def annotator(self) -> str | None:
+        value = self.values.get(ANNOTATOR)
+        return str(value) if value not in (None, "") else None
 
     def get(self, column: str) -> Any:
         if self.values.get(column) is None:

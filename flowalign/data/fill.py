@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from flowalign.data.attached import attached_to
 from flowalign.data.batch import Conditioning
 from flowalign.data.cache import LatentCache
+from flowalign.data.cached import Cached
 from flowalign.data.forecast import Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
@@ -36,42 +37,6 @@ class Encoder(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> conditioning `[B, ...]`, padded to a length that does not depend on the other prompts."""
-
-
-@dataclass(frozen=True)
-class Cached:
-    """n comparisons whose N pictures and prompt are all in a cache. About 40·N + 60 bytes a comparison."""
-
-    indices: np.ndarray
-    """int64 `[n]`: places in the Comparisons."""
-    pictures: np.ndarray
-    """uint8 `[n, N, 32]`: sha256 of each picture's bytes, best first, and of what is attached to it."""
-    prompts: tuple[str, ...]
-    """Distinct prompts."""
-    prompt: np.ndarray
-    """int64 `[n]`: place of the comparison's prompt in `prompts`."""
-    ids: np.ndarray
-    """int64 `[n]`."""
-    preference: np.ndarray
-    """float32 `[n]`."""
-    weight: np.ndarray
-    """float32 `[n]`."""
-    scores: np.ndarray
-    """float32 `[n, N]`: the weighted sum of each picture's scores; NaN where a row lacks one of them."""
-    grades: np.ndarray
-    """float32 `[n, N]`; NaN where a row has none."""
-    num_chosen: int
-    flips: tuple[bool, ...]
-    """Which variants of each picture are cached: upright (False), mirrored (True)."""
-    bad: tuple[BadRow, ...]
-    """Rows that were asked for and cannot be used."""
-    inside: bool
-    """Whether every picture lies in the row that names it, so that it cannot change without the source's own files."""
-    attached: tuple[str, ...] = ()
-    """What entries hold beside latents: noise, or masks, which some may lack."""
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 class Fitted(NamedTuple):
@@ -123,7 +88,7 @@ BLOCK = 64
 """Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
 ELSEWHERE = bytes(32)
 """Stands for the sha256 of a picture that another process reads."""
-ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?")]
+ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?"), ("annotator", "i8")]
 
 
 def fill(
@@ -171,6 +136,7 @@ def fill(
     images = _Batches(batch_size, partial(_encode_images, cache, family), partial(foresee, "pictures"))
     texts = _Batches(batch_size, partial(_encode_prompts, cache, family), partial(foresee, "prompts"))
     prompts: dict[str, int] = {}
+    judges: dict[str, int] = {}
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
     rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
     worth = np.zeros((2, len(indices), 0), np.float32)
@@ -202,8 +168,8 @@ def fill(
             prompt = prompts.setdefault(comparison.prompt, len(prompts))
             if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
                 texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
-            masked = comparison.mask is not None
-            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight, masked
+            masked, judge = comparison.mask is not None, judges.setdefault(comparison.annotator or "", len(judges))
+            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight, masked, judge
             worth[:, step] = _score(comparison, rewards or {}), comparison.grades or np.full(shape[0], np.nan)
             digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
@@ -216,19 +182,21 @@ def fill(
     if shape is None or not len(good):
         first = f"; the first reason: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(indices)} comparisons can be used{first}")
-    rows, texts_known = rows[good], tuple(prompts)
-    used, first_seen, place = np.unique(rows["prompt"], return_index=True, return_inverse=True)
-    order = np.argsort(first_seen)  # in the order of the rows, whatever rows this process could not use
+    rows = rows[good]
+    texts, prompt = _in_order(prompts, rows["prompt"])
+    names, annotator = _in_order(judges, rows["annotator"])
     return Cached(
         indices=np.asarray(indices, dtype=np.int64)[good],
         pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
-        prompts=tuple(texts_known[prompt] for prompt in used[order]),
-        prompt=np.argsort(order)[place],
+        prompts=texts,
+        prompt=prompt,
         ids=rows["id"].copy(),
         preference=rows["preference"].copy(),
         weight=rows["weight"].copy(),
         scores=np.resize(worth[0], (len(indices), shape[0]))[good],
         grades=np.resize(worth[1], (len(indices), shape[0]))[good],
+        annotators=names,
+        annotator=annotator,
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
@@ -242,6 +210,14 @@ def _shape(cache: LatentCache, family: Encoder) -> tuple[int, ...]:
     """`(C, h, w)` of a picture's latents."""
     mean, _ = family.encode_images(torch.zeros(1, 3, cache.resolution, cache.resolution))
     return tuple(mean.shape[1:])
+
+
+def _in_order(texts: Mapping[str, int], places: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """The texts that rows name, in the order of the rows, whatever rows this process could not use, and each row's place."""
+    known = tuple(texts)
+    used, first_seen, place = np.unique(places, return_index=True, return_inverse=True)
+    order = np.argsort(first_seen)
+    return tuple(known[each] for each in used[order]), np.argsort(order)[place]
 
 
 def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:

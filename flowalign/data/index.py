@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flowalign.data.cache import INDEX, LatentCache
-from flowalign.data.fill import Cached
+from flowalign.data.cached import Cached
 from flowalign.data.readers import BadRow
 from flowalign.files import atomic
 
-ARRAYS = ("indices", "pictures", "prompt", "ids", "preference", "weight", "scores", "grades")
+ARRAYS = ("indices", "pictures", "prompt", "ids", "preference", "weight", "scores", "grades", "annotator")
+TEXTS = ("prompts", "annotators")
 
 
 def index_path(cache: LatentCache, key: Mapping[str, Any]) -> Path:
@@ -39,7 +40,8 @@ def write_index(path: Path, parts: Mapping[str, Cached], about: Mapping[str, Any
     rest: dict[str, Any] = {}
     for name, cached in parts.items():
         arrays |= {f"{name}/{array}": np.ascontiguousarray(getattr(cached, array)) for array in ARRAYS}
-        arrays[f"{name}/texts"] = np.frombuffer(json.dumps(cached.prompts).encode(), np.uint8).copy()
+        for texts in TEXTS:
+            arrays[f"{name}/{texts}"] = np.frombuffer(json.dumps(getattr(cached, texts)).encode(), np.uint8).copy()
         plain = {"num_chosen": cached.num_chosen, "flips": cached.flips, "inside": cached.inside}
         plain["attached"] = cached.attached
         rest[name] = plain | {"bad": [asdict(row) for row in cached.bad]}
@@ -56,10 +58,10 @@ def read_index(path: Path, cache: LatentCache) -> tuple[dict[str, Cached], dict[
             about = json.loads(metadata["about"])
             for name, plain in json.loads(metadata["parts"]).items():
                 arrays = {array: file.get_tensor(f"{name}/{array}") for array in ARRAYS}
-                texts = json.loads(bytes(file.get_tensor(f"{name}/texts")))
+                texts = {each: tuple(json.loads(bytes(file.get_tensor(f"{name}/{each}")))) for each in TEXTS}
                 bad = tuple(BadRow(**row) for row in plain.pop("bad"))
                 plain |= {"flips": tuple(plain["flips"]), "attached": tuple(plain["attached"])}
-                parts[name] = Cached(**arrays, **plain, prompts=tuple(texts), bad=bad)
+                parts[name] = Cached(**arrays, **texts, **plain, bad=bad)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     whole = all(cache.holds(each.pictures, each.flips, each.prompts) for each in parts.values())

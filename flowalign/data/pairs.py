@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +14,8 @@ from tqdm.auto import tqdm
 
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cache import LatentCache, distinct
-from flowalign.data.fill import Cached
+from flowalign.data.cached import Cached
+from flowalign.data.records import key63
 from flowalign.errors import ConfigError
 from flowalign.rng import Keyed
 
@@ -48,6 +50,8 @@ class PairDataset(Dataset[Batch]):
         self._prompts = (*cached.prompts, "")  # the last one is what caption dropout gives
         self._preference, self._weight = torch.from_numpy(cached.preference), torch.from_numpy(cached.weight)
         self._scores, self._grades = torch.from_numpy(cached.scores), torch.from_numpy(cached.grades)
+        names = np.array([-1 if name == "" else key63(name) for name in cached.annotators])
+        self._annotators = names[cached.annotator].tolist()
         self._held: dict[str, Tensor] | None = None  # of each variant and picture, by the names of Batch
         self._conditioning: Conditioning | None = None
         entry, prompt = self._latents(0, cached.flips[0]), cache.read_prompt(cache.prompt_path(""))
@@ -95,6 +99,7 @@ class PairDataset(Dataset[Batch]):
             positions=tuple(item.position for item in items),
             scores=self._scores[index],
             grades=self._grades[index],
+            annotators=tuple(self._annotators[item.place] for item in items),
         )
 
     def _latents(self, picture: int, flip: bool) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ class Comparisons(Sequence[Comparison]):
         source = self.rows.where(numbers[0])
         try:
             rows = [self._row(each) for each in numbers]
-            return Comparison(prompt=rows[0].prompt, source=source, **self.convention.build(*rows))
+            fields = self.convention.build(*rows)
+            return Comparison(prompt=rows[0].prompt, annotator=rows[0].annotator, source=source, **fields)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 

@@ -141,6 +141,8 @@ class Comparison:
     """Where each picture counts, as a picture of the same shape: white counts, black does not."""
     objective_weights: tuple[float, ...] | None = None
     """Weights of several objectives under which this order holds."""
+    annotator: str | None = None
+    """Who judged."""
     source: str = field(default="", compare=False)
     """Where the comparison was read, as in "votes.jsonl:17"."""
     id: int = field(init=False)

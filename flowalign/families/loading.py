@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,46 @@ def family_of(pipeline_class: str, checkpoint: str = "the pipeline") -> str:
     )
 
 
+@dataclass(frozen=True)
+class LoraRun:
+    """A run folder of ours whose weights are a LoRA, and what it was trained on."""
+
+    weights: Path
+    """Folder of the LoRA's file."""
+    base: str
+    revision: str | None
+    variant: str | None
+
+
+def find_lora(checkpoint: str | Path) -> LoraRun | None:
+    """The LoRA run that a checkpoint names, None for whole models. Raises CheckpointError where its base is not known."""
+    weights = Path(checkpoint).expanduser() / "weights"
+    if not (weights / LORA).is_file() or (weights / INDEX).is_file():
+        return None
+    try:
+        model = yaml.safe_load((weights.parent / "config.yaml").read_text(encoding="utf-8"))["model"]
+        return LoraRun(weights, model["checkpoint"], model.get("revision"), model.get("variant"))
+    except (*FAILURES, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{checkpoint} has a LoRA, but its config.yaml names no base checkpoint ({reason(error)}); "
+            "restore config.yaml with model.checkpoint."
+        ) from error
+
+
+def add_lora(denoiser: Any, run: LoraRun, component: str) -> None:
+    """Load the run's adapter into a denoiser of its base, in place. Raises CheckpointError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # an outline holds no values
+            denoiser.load_lora_adapter(run.weights, prefix=component, weight_name=LORA)
+        if not getattr(denoiser, "peft_config", None):  # diffusers only warns
+            raise ValueError(f"it holds nothing for a {component}")
+    except FAILURES as error:
+        raise CheckpointError(
+            f"{run.weights / LORA} does not fit {run.base} ({reason(error)}); use the base it was trained on."
+        ) from error
+
+
 def open_checkpoint(
     checkpoint: str | Path,
     *,
@@ -223,31 +264,14 @@ def open_checkpoint(
 
     Raises CheckpointError.
     """
-    weights = Path(checkpoint).expanduser() / "weights"
-    lora = (weights / LORA).is_file() and not (weights / INDEX).is_file()
+    run = find_lora(checkpoint)
     base = checkpoint
-    if lora:
-        try:
-            model = yaml.safe_load((weights.parent / "config.yaml").read_text(encoding="utf-8"))["model"]
-            base, revision, variant = model["checkpoint"], model.get("revision"), model.get("variant")
-        except (*FAILURES, yaml.YAMLError) as error:
-            raise CheckpointError(
-                f"{checkpoint} has a LoRA, but its config.yaml names no base checkpoint ({reason(error)}); "
-                "restore config.yaml with model.checkpoint."
-            ) from error
+    if run is not None:
+        base, revision, variant = run.base, run.revision, run.variant
     name = detect_family(base, revision=revision, variant=variant)
     family = plugins.load("families", name).load(base, dtype=dtype, revision=revision, variant=variant)
     family.denoiser.to(device)
     pipeline = family.pipeline(family.denoiser)
-    if lora:
-        level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()  # it warns that the text encoder has no LoRA, which is as it should be
-        try:
-            pipeline.load_lora_weights(weights, weight_name=LORA)
-        except FAILURES as error:
-            raise CheckpointError(
-                f"{weights / LORA} does not fit {base} ({reason(error)}); use the base it was trained on."
-            ) from error
-        finally:
-            diffusers_logging.set_verbosity(level)
+    if run is not None:
+        add_lora(family.denoiser, run, family.component)
     return pipeline

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from flowalign.align.adaptive import adaptive
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
+from flowalign.align.merged import open_merged
+from flowalign.align.mixture import by_type, of_types
 from flowalign.align.reference import MOVING, following, with_reference
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
@@ -39,9 +41,9 @@ class Outline:
     """of a comparison, N"""
 
     def batch(self, count: int) -> Batch:
-        """`count` comparisons of prompts as long as they can be."""
+        """`count` comparisons of prompts as long as they can be, once for each policy."""
         zeros, switches = torch.zeros(count, self.pictures, *self.latents, device=META), self.step.switches
-        return Batch(
+        batch = Batch(
             mean=zeros,
             std=zeros,
             geometry=torch.zeros(count, self.pictures, 6, device=META),
@@ -56,6 +58,7 @@ class Outline:
             mask=zeros[:, :, 0] if switches.mask == "given" else None,
             noise=zeros if switches.noise == "stored" else None,
         )
+        return batch if self.step.types == 1 else batch.tiled(self.step.types)
 
     def pixels(self) -> Tensor:
         """The pictures of one comparison, `[N, 3, H, W]`."""
@@ -72,8 +75,11 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     learns = policy
     if policy is frozen:  # all weights learn against a bank: count the reference that filled it on a module of its own
         learns, _ = with_reference(frozen, "copy", lora=False)
+    learns = of_types(learns, config.switches.annotator_types)
     choose_trainable(config, family, learns)
     anchor = following(learns, frozen, config.reference, lora=lora)[0] if config.reference.kind in MOVING else frozen
+    if config.reference.kind == "merged":
+        anchor = open_merged(config.reference, config.model, family, outline=True)
     learns.train()
     resolution = config.data.resolution or family.resolution
     step = PreferenceStep(
@@ -87,6 +93,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         autocast=nullcontext,
         num_chosen=num_chosen,
         switches=config.switches,
+        types=len(by_type(learns)),
         carried=Carried.of(objective, knobs, META),
         adaptive=adaptive(config.switches, knobs, META),
         chunk=choose_chunk(config),

@@ -42,7 +42,8 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
         torch.Size(outlined.latents).numel(),
     )
     bank = config.reference.bank
-    each = 1 + config.switches.inversion_steps if config.switches.noise == "inverted" else 1
+    models = len(config.reference.checkpoints) if config.reference.kind == "merged" else 1
+    each = models * (1 + config.switches.inversion_steps if config.switches.noise == "inverted" else 1)
     forwards = None
     if counted.train is not None and facts.needs:
         forwards = {"live": each * stages.pairs, "per_draw": each * counted.train}

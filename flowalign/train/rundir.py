@@ -18,7 +18,11 @@ PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "pe
 
 
 class RunDir:
-    """`config.yaml`, `environment.json`, `data.json`, `metrics.jsonl`, `weights/`, `state/`, `samples/`, `report.html`."""
+    """`config.yaml`, `environment.json`, `data.json`, `metrics.jsonl`, `weights/`, `state/`, `samples/`, `report.html`.
+
+    A run with a policy for each type of annotator has `annotators.json`, and in `types/` a run folder for each, with
+    `config.yaml`, `weights/`, `samples/` and `report.html`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,6 +31,7 @@ class RunDir:
         self.weights = path / "weights"
         self.states = path / "state"
         self.samples = path / "samples"
+        self.types = path / "types"
 
     def write_environment(self, device: torch.device) -> None:
         """Versions, threads and device, so that figures can be read later."""

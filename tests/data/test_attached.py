@@ -22,7 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowalign.data.cache import LatentCache
-from flowalign.data.fill import Cached, fill
+from flowalign.data.cached import Cached
+from flowalign.data.fill import fill
 from flowalign.data.index import read_index, write_index
 from flowalign.data.pairs import PairDataset, PairStream, sequential
 from flowalign.data.readers import open_comparisons

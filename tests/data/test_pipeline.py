@@ -28,7 +28,8 @@ from flowalign.config import parse
 from flowalign.data.audit import audit
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cache import LatentCache, clear, usage
-from flowalign.data.fill import Cached, fill
+from flowalign.data.cached import Cached
+from flowalign.data.fill import fill
 from flowalign.data.forecast import amount
 from flowalign.data.images import decode, fit
 from flowalign.data.pairs import PairDataset, PairStream, sequential
