@@ -22,12 +22,12 @@ from flowalign.align.adaptive import adaptive
 from flowalign.align.attention import forwards
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
+from flowalign.align.checks import check
 from flowalign.align.fill import fill_banks
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
 from flowalign.align.reference import MOVING, Following, following, with_reference
 from flowalign.align.step import PreferenceStep
-from flowalign.align.switches import check
 from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch

@@ -20,8 +20,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, logsumexp
 
 from flowalign import runs
+from flowalign.align.checks import check
 from flowalign.align.mixture import Annotators, MixtureStep, Types, posterior
-from flowalign.align.switches import check
 from flowalign.data.pairs import fixed_draws
 from flowalign.data.readers import open_comparisons
 from flowalign.data.records import key63
