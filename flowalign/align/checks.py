@@ -106,8 +106,8 @@ def _bare_rows(facts: Facts) -> Iterator[str]:
         if bare:
             several = ", or several rewards: name those that count in data.rewards" if need == "scores" else ""
             yield (
-                f"objective.name {facts.name!r} reads {need}, and {bare} comparisons have none{several}; give every row {need}, "
-                "or choose another objective."
+                f"objective.name {facts.name!r} reads {need}, and {bare} comparisons have none{several}; give every row "
+                f"{need}, or choose another objective."
             )
 
 
@@ -183,7 +183,8 @@ def _moving_beta(facts: Facts) -> Iterator[str]:
     }
     for why, holds in refused.items():
         if holds:
-            yield f"switches.beta {how!r} moves objective.beta, but objective.name {facts.name!r} {why}; set switches.beta=fixed."
+            said = f"switches.beta {how!r} moves objective.beta, but objective.name {facts.name!r} {why}"
+            yield f"{said}; set switches.beta=fixed."
 
 
 def _shape(facts: Facts) -> Iterator[str]:
