@@ -96,7 +96,7 @@ def _margins(ready: Prepared) -> Tensor:
     if ready.held_out is None:
         step, rng, batches = ready.step, Keyed(cfg.seed), islice(ready.batches(0), OWN_BATCHES)
     else:
-        step, rng = ready.step.on_held_out(ready.held_out_bank), Keyed(cfg.seed + 1)
+        step, rng = ready.step.on_held_out(ready.held_out_bank, ready.held_out.cached.num_chosen), Keyed(cfg.seed + 1)
         draws = cfg.validation_draws
         batches = chain.from_iterable(fixed_draws(ready.held_out, cfg.batch_size, draws, draw) for draw in range(draws))
     for batch in batches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def validation(
     of another kind than what is trained on: pairs where groups are.
     """
     draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
-    fixed = replace(step.on_held_out(bank), num_chosen=held_out.cached.num_chosen)
+    fixed = step.on_held_out(bank, held_out.cached.num_chosen)
     sums: dict[str, torch.Tensor] = {}
     votes = torch.zeros((), device=accelerator.device)
     count = torch.zeros((), device=accelerator.device)

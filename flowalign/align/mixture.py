@@ -159,9 +159,9 @@ class MixtureStep:
         known = {"types/certainty": gamma.amax(1)}
         return mixed(losses), {name: mixed(value) for name, value in metrics.items()} | shares | known
 
-    def on_held_out(self, bank: ReferenceBank | None = None) -> MixtureStep:
+    def on_held_out(self, bank: ReferenceBank | None = None, num_chosen: int | None = None) -> MixtureStep:
         """See PreferenceStep.on_held_out; annotators that were trained on keep their γ."""
-        return replace(self, step=self.step.on_held_out(bank))
+        return replace(self, step=self.step.on_held_out(bank, num_chosen))
 
     def self_test(self, batch: Batch, rng: Keyed) -> float:
         """See PreferenceStep.self_test, of all policies."""

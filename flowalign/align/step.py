@@ -60,10 +60,14 @@ class PreferenceStep:
     importance: Importance | None = None
     """What has been learned about which times matter; None draws them as `timesteps` says and no more."""
 
-    def on_held_out(self, bank: ReferenceBank | None = None) -> PreferenceStep:
-        """The step with times spread evenly over the whole schedule and true labels, however those of training are drawn."""
+    def on_held_out(self, bank: ReferenceBank | None = None, num_chosen: int | None = None) -> PreferenceStep:
+        """The step with times spread evenly over the whole schedule and true labels, however those of training are drawn.
+
+        num_chosen: of the comparisons held out, where it may be another than that of training.
+        """
         honest = self.switches.model_copy(update={"label_noise": 0.0})
-        return replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank, switches=honest)
+        plain = replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank, switches=honest)
+        return replace(plain, num_chosen=num_chosen or self.num_chosen)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws.

@@ -401,9 +401,10 @@ def test_what_does_not_go_together_is_refused(
     config = settings(tmp_path, TWO, override)
     objective, knobs = load_objective(config)
     who = {"annotators": ("somebody", ""), "annotator": np.array([1, 0, 1])}
+    family: Any = None  # which these rules do not look at
     train: Any = Three(**who, pictures=np.zeros((3, 2, 32)), num_chosen=1)
     with pytest.raises(ConfigError, match=f"switches.annotator_types 2.*{what}"):
-        check(config, objective, knobs, train)
+        check(config, family, objective, knobs, train)
 
 
 class Three(SimpleNamespace):
