@@ -263,6 +263,9 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
+    if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
+        rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
+        about["guard"] = config.guard.model_dump(mode="json") | rhythm
     train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
     # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).

@@ -63,7 +63,7 @@ class PreferenceStep:
         pictures, shape = batch.mean.shape[1], batch.mean.shape[2:]
         own = (pictures if self.switches.noise == "independent" else 1, *shape)
         draws = [rng.normal("posterior", batch.ids, batch.draws, shape), rng.normal("noise", batch.ids, batch.draws, own)]
-        t = self._times(batch, rng)
+        t = self.times(batch, rng)
         mean, std, posterior, noise, t = (self._ship(tensor) for tensor in (batch.mean, batch.std, *draws, t))
         x0 = (mean + std * posterior[:, None]).flatten(0, 1)
         t = t.repeat_interleave(pictures)
@@ -129,7 +129,7 @@ class PreferenceStep:
         terms = self.terms(batch, rng)
         loss = self.loss(terms) * self._ship(batch.weight)
         if self.switches.time_weight != "constant":
-            loss = loss * self._ship(time_weight(self.family.level(self._times(batch, rng)), self.switches))
+            loss = loss * self._ship(time_weight(self.family.level(self.times(batch, rng)), self.switches))
         metrics = self.measure(terms)
         if self.carried is not None:
             seen = self.carried.observe(terms) if torch.is_grad_enabled() else {}
@@ -157,7 +157,8 @@ class PreferenceStep:
         """Rewards βh as TRL names them, and errors relative to the reference, each a mean over the chosen or the rejected.
 
         A tied margin is half a win, half a loss. The margin of a picture that was judged alone is its h where it is wanted, and
-        −h where it is not.
+        −h where it is not. `winner/…` are the errors themselves, of the chosen; of pictures judged alone times the probability
+        that they are wanted, so that ratios of their means are those of the wanted ones.
         """
         alone = terms.policy_error.shape[1] == 1
         parts = (
@@ -165,6 +166,9 @@ class PreferenceStep:
         )
         rise = terms.policy_error if terms.reference_error is None else terms.policy_error - terms.reference_error
         errors = {f"error/{name}": rise[:, part].mean(1) for name, part in parts.items()}
+        share = terms.preference if alone else torch.ones_like(terms.preference)
+        winners = {"winner/error": terms.policy_error, "winner/reference_error": terms.reference_error}
+        errors |= {name: share * e[:, : terms.num_chosen].mean(1) for name, e in winners.items() if e is not None}
         if terms.reference_error is None:
             return errors
         beta = self.knobs.get("beta", 1.0)
@@ -215,7 +219,7 @@ class PreferenceStep:
             )
         return margin
 
-    def _times(self, batch: Batch, rng: Keyed) -> Tensor:
+    def times(self, batch: Batch, rng: Keyed) -> Tensor:
         """`[B]` in [0, 1], float64, on the CPU."""
         sampler = TIMESTEPS[self.timesteps]
         even = sampler.spread(rng, batch)

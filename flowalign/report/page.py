@@ -16,6 +16,7 @@ import yaml
 
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import Generated, match, read_generation
+from flowalign.evaluate.guard import guard_report
 from flowalign.files import write_text
 from flowalign.report.charts import Line, forest, line_chart
 from flowalign.report.pictures import Samples, read_samples, sheet, strip
@@ -43,7 +44,7 @@ def write_report(run: str | Path, *, limit: int = 48) -> Path:
         raise CheckpointError(f"{run} holds nothing to report; give a run folder, with config.yaml and metrics.jsonl in it.")
     verdict = read_mapping(run / "metrics.json").get("verdict") or _verdict(evaluation)
     parts = [
-        _header(run.resolve().name, verdict, config, metrics, evaluation),
+        _header(run.resolve().name, f"{verdict} {_guarded(config, metrics)}".strip(), config, metrics, evaluation),
         _pictures(pairs, evaluation, limit) if pairs else _sampled(samples, limit),
         _results(evaluation),
         _progress(samples) if pairs or len(samples) > 2 else "",
@@ -110,6 +111,12 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
         value, low, high = (f"{100 * rate[key]:.0f}" for key in ("value", "low", "high"))
         sentences.append(f"By {name}, {said} (win rate of the aligned model {value} %, 95 % interval {low} to {high} %).")
     return " ".join(sentences)
+
+
+def _guarded(config: Mapping[str, Any], metrics: Metrics) -> str:
+    """What the guard saw, for a run that has one."""
+    settings = config.get("guard")
+    return guard_report(settings["policy"], metrics)["says"] if isinstance(settings, Mapping) and metrics else ""
 
 
 def _header(name: str, verdict: str, config: Mapping[str, Any], metrics: Metrics, evaluation: Mapping[str, Any]) -> str:
