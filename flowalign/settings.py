@@ -203,7 +203,7 @@ class Guard(Section):
 
     policy: Literal["off", "warn", "lower_lr", "rollback", "stop"] = "warn"
     """beyond a limit: nothing, a sentence, a lower learning rate, back to the last good state at a lower rate, or the end"""
-    winner_error: Rate | None = 0.25
+    winner_error: Rate | None = 0.2
     """largest rise of the chosen pictures' error, relative to what it was before training; null does not watch it"""
     negative_margins: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.6
     """largest share of negative margins, in training and in any quarter of the times held out; null does not watch it"""

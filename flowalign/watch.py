@@ -68,7 +68,8 @@ class Recorder:
         self.guard = Guard(
             ready.config.guard,
             pairs_per_step=cfg.batch_size * cfg.accumulation * ready.ranks.count,
-            held_out=held_out * cfg.validation_draws,
+            held_out=held_out,
+            draws=cfg.validation_draws,
             along=held_out > 0 and cfg.validate_every is not None,
         )
 

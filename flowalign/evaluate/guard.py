@@ -19,8 +19,8 @@ RETURNING = ("rollback", "stop")
 MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
 TIMES = ("t0.00-0.25", "t0.25-0.50", "t0.50-0.75", "t0.75-1.00")
 """Equal parts of [0, 1], 0 clean and 1 noise, in which held-out margins are told apart: `rewards/margins/t0.00-0.25`."""
-SIGMAS = 3.0
-"""Standard errors of a held-out share by which it must be beyond chance, besides its limit."""
+SIGMAS = 4.0
+"""Standard errors by which a held-out share must be beyond chance, whatever its limit."""
 CALM = 0.5
 """Of the way to its limit: a state is good where no watch is beyond this."""
 SLOWER = "lower train.learning_rate"
@@ -36,13 +36,13 @@ class Watch(NamedTuple):
 
 WATCHES = {
     "winner_error": Watch(
-        "the error of chosen pictures was {value:+.0%} of what it was before training (limit {limit:+.0%}), so the model runs "
-        "away from the rejected pictures and forgets the chosen ones too",
+        "the error of chosen pictures had risen by {value:.0%} of what it was before training (limit {limit:.0%}), so the "
+        "model runs away from the rejected pictures and forgets the chosen ones too",
         HELD,
     ),
     "negative_margins": Watch(
         "{value:.0%} of the comparisons trained on had a negative margin (limit {limit:.0%}), so the model learns the opposite "
-        "of its labels",
+        "of their labels",
         f"{SLOWER}, or check which picture of a pair is the chosen one",
     ),
     "margin_by_time": Watch(
@@ -51,7 +51,7 @@ WATCHES = {
         f"{SLOWER}, or set train.timestep_range to the times that gain",
     ),
     "accuracy": Watch(
-        "held-out accuracy fell by {value:.2f} from its best (limit {limit:.2f}), so the pairs are being learned by heart",
+        "held-out accuracy had fallen by {value:.2f} from its best (limit {limit:.2f}), so the pairs are learned by heart",
         f"train fewer steps, {SLOWER}, or add comparisons",
     ),
     "grad_norm": Watch("the gradient's norm was {value:.0f} times its running mean (limit {limit:g})", SLOWER),
@@ -94,10 +94,10 @@ class Guard:
     nothing depends on clocks, on processes or on when the run was interrupted.
     """
 
-    def __init__(self, settings: Settings, pairs_per_step: int, held_out: int, *, along: bool) -> None:
-        """held_out: comparisons of a validation, times draws. along: the run validates before its end, too."""
+    def __init__(self, settings: Settings, *, pairs_per_step: int, held_out: int, draws: int, along: bool) -> None:
+        """held_out: comparisons of a validation, with so many draws each. along: the run validates before its end, too."""
         self.settings = settings
-        self._pairs, self._held_out, self._along = pairs_per_step, held_out, along
+        self._pairs, self._held_out, self._draws, self._along = pairs_per_step, held_out, draws, along
         self._memory = torch.zeros(len(SLOTS), dtype=torch.float64)
         self._seen: dict[str, tuple[float, float]] = {}
 
@@ -178,14 +178,12 @@ class Guard:
         if ACCURACY in values:
             best = max(self._get("best"), values[ACCURACY])
             self._set("best", best)
-            self._read("accuracy", best - values[ACCURACY], cfg.accuracy_drop, chance=self._chance(2))
+            chance = math.sqrt(2) * _chance(self._held_out)
+            self._read("accuracy", best - values[ACCURACY], cfg.accuracy_drop, chance=chance)
         parts = [1 - values[f"{ACCURACY}/{label}"] for label in TIMES if f"{ACCURACY}/{label}" in values]
         if parts:
-            self._read("margin_by_time", max(parts), cfg.negative_margins, calm=0.5, chance=self._chance(len(TIMES)))
-
-    def _chance(self, variances: int) -> float:
-        """`SIGMAS` standard errors of a share of the held-out comparisons, at most ½/√n, with so many times its variance."""
-        return SIGMAS * 0.5 * math.sqrt(variances / max(1, self._held_out))
+            chance = _chance(self._held_out * min(1.0, self._draws / len(TIMES)))  # draws of one comparison are alike
+            self._read("margin_by_time", max(parts), cfg.negative_margins, calm=0.5, chance=chance)
 
     def _read(self, watch: str, value: float, limit: float | None, calm: float = 0.0, chance: float = 0.0) -> None:
         """calm: the value where nothing is wrong; chance: how far from there it may come by chance."""
@@ -208,6 +206,11 @@ class Guard:
 
     def _set(self, slot: str, value: float) -> None:
         self._memory[SLOTS.index(slot)] = value
+
+
+def _chance(count: float) -> float:
+    """How far a share of so many comparisons may be off by chance: `SIGMAS` standard errors of at most ½/√n."""
+    return SIGMAS * 0.5 / math.sqrt(max(1.0, count))
 
 
 def guard_report(policy: str, lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def write_report(run: str | Path, *, limit: int = 48) -> Path:
         raise CheckpointError(f"{run} holds nothing to report; give a run folder, with config.yaml and metrics.jsonl in it.")
     verdict = read_mapping(run / "metrics.json").get("verdict") or _verdict(evaluation)
     parts = [
-        _header(run.resolve().name, f"{verdict} {_guarded(config, metrics)}".strip(), config, metrics, evaluation),
+        _header(run.resolve().name, verdict, config, metrics, evaluation),
         _pictures(pairs, evaluation, limit) if pairs else _sampled(samples, limit),
         _results(evaluation),
         _progress(samples) if pairs or len(samples) > 2 else "",
@@ -131,6 +131,8 @@ def _header(name: str, verdict: str, config: Mapping[str, Any], metrics: Metrics
     known = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in known.items())
     said = f'<p class="verdict">{escape(verdict)}</p>' if verdict else ""
+    guarded = _guarded(config, metrics)
+    said += f'<p class="lead guard">{escape(guarded)}</p>' if guarded else ""
     title = f'<p class="eyebrow">Alignment report</p><h1>{escape(name)}</h1>'
     return f'<header>{title}{said}<dl class="facts">{shown}</dl></header>'
 
