@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -17,6 +17,11 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] >= ends[1]:
         raise ValueError("the first end must be below the second")
     return ends
+
+
+def _word(value: Any) -> Any:
+    """What YAML 1.1 makes of the word off, back."""
+    return "off" if value is False else value
 
 
 class Section(BaseModel):
@@ -201,7 +206,7 @@ class Train(Section):
 class Guard(Section):
     """What is watched while a run trains, so that it does not collapse unseen, see docs/guard.md."""
 
-    policy: Literal["off", "warn", "lower_lr", "rollback", "stop"] = "warn"
+    policy: Annotated[Literal["off", "warn", "lower_lr", "rollback", "stop"], BeforeValidator(_word)] = "warn"
     """beyond a limit: nothing, a sentence, a lower learning rate, back to the last good state at a lower rate, or the end"""
     winner_error: Rate | None = 0.2
     """largest rise of the chosen pictures' error, relative to what it was before training; null does not watch it"""

@@ -230,4 +230,4 @@ def sentence(event: Event) -> str:
         "rollback": f"; the run went back to its last good state with {event.rate:g} of the learning rate",
         "stop": "; the run was ended",
     }[event.action]
-    return f"At step {event.step} {watch.says.format(value=event.value, limit=event.limit)}{done}: {watch.knob}."
+    return f"At step {event.step} {watch.says.format(value=event.value, limit=event.limit)}{done}; next time {watch.knob}."

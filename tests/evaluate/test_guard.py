@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign import config
+from flowalign import config, yaml_text
 from flowalign.errors import ConfigError
 from flowalign.evaluate.guard import TIMES, WATCHES, Event, Guard, guard_report
 from flowalign.settings import Guard as Settings
@@ -264,8 +264,8 @@ def test_the_report_says_what_happened_and_what_to_turn() -> None:
     assert found["events"] == [vars(event)]
     assert found["says"] == (
         "At step 70 the error of chosen pictures had risen by 21% of what it was before training (limit 20%), so the model "
-        "runs away from the rejected pictures and forgets the chosen ones too: raise objective.beta, lower train.learning_rate, "
-        "train fewer steps, or add switches.winner_nll or switches.safeguard."
+        "runs away from the rejected pictures and forgets the chosen ones too; next time raise objective.beta, lower "
+        "train.learning_rate, train fewer steps, or add switches.winner_nll or switches.safeguard."
     )
 
 
@@ -279,9 +279,18 @@ def test_every_event_can_be_said_in_one_sentence(watch: str, action: Any, done: 
     assert said.endswith(".")
 
 
+@pytest.mark.parametrize("word", ["off", "'off'", "Off", "false"])
+def test_off_is_a_word_in_yaml_too(word: str) -> None:
+    tree = {"model": {"checkpoint": "a"}, "data": {"train": "b"}}
+    settings = config.parse(tree, "test", [f"guard.policy={word}"])
+    assert settings.guard.policy == "off"
+    assert config.parse(yaml_text.read(config.dump(settings))) == settings
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("guard.policy=true", "guard.policy cannot be true; allowed: lower_lr, off, rollback, stop, warn."),
         ("guard.policy=rolback", "guard.policy cannot be 'rolback'; did you mean 'rollback'?"),
         ("guard.winner_error=0", "guard.winner_error cannot be 0"),
         ("guard.negative_margins=0.5", "guard.negative_margins cannot be 0.5"),
