@@ -64,7 +64,7 @@ def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
 def distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
     """‖θ − θ₀‖ over all that learns; waits for the device, and every process must ask."""
     squares = [(tensor.detach() - start[name]).square().sum() for name, tensor in parameters.items()]
-    return math.sqrt(gathered(torch.stack(squares).sum()).item())
+    return math.sqrt(gathered(sum(squares[1:], squares[0])).item())  # shards are added before they are gathered
 
 
 @torch.no_grad()
