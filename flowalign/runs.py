@@ -124,6 +124,8 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
         if state.good:
             load(run.states / f"step-{state.good:08d}", state, ready.about)
             _finish(config, ready, state, run, progress)
+        elif ready.ranks.main:
+            report(run.path)
         raise CollapseError(ended(config, state, run))
     return finished, seconds
 

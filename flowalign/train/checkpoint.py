@@ -65,8 +65,16 @@ def save(folder: Path, state: State, about: dict[str, object], keep: int, *, wri
         (temporary / "about.json").write_text(json.dumps(_scalars(state) | {"scaler": scaler} | about, indent=1))
     for old in states(folder)[:-keep]:
         if step_of(old) != state.good:
-            shutil.rmtree(old, ignore_errors=True)
+            _drop(old)
     return path
+
+
+def _drop(path: Path) -> None:
+    """Delete a state; it is none from the first instant, so that no half of it is ever taken for one."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _scalars(state: State) -> dict[str, object]:
@@ -79,7 +87,7 @@ def go_back(folder: Path, state: State, about: dict[str, object], ranks: Ranks) 
     ranks.wait()  # until all have looked
     if ranks.main:
         for path in newer:
-            shutil.rmtree(path)
+            _drop(path)
     rate = state.rate
     load(folder / f"step-{state.good:08d}", state, about)
     state.rate = rate

@@ -210,6 +210,7 @@ def test_a_run_that_was_never_good_leaves_no_weights(settings: Make, tmp_path: P
     with pytest.raises(CollapseError, match=r"^the guard ended the run; no weights are written\. At step 4 "):
         runs.align(made, progress=False)
     assert not (tmp_path / "run" / "weights").exists()
+    assert "the run was ended; next time" in (tmp_path / "run" / "report.html").read_text()
     assert [path.name for path in states(tmp_path / "run" / "state")] == ["step-00000000", "step-00000004"]
 
 
