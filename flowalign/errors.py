@@ -9,6 +9,7 @@ FlowalignError                 anything flowalign reports on purpose
 └── RunError         exit 1    the input was fine and the run failed
     ├── SelfTestError          training would start from a wrong loss
     ├── NonFiniteError         a loss or gradient became NaN or infinite
+    ├── CollapseError          the guard ended the run
     └── PeerError              another process of the run is gone
 """
 
@@ -62,6 +63,10 @@ class SelfTestError(RunError):
 
 class NonFiniteError(RunError):
     """A loss or gradient became NaN or infinite."""
+
+
+class CollapseError(RunError):
+    """The guard ended the run, see docs/guard.md."""
 
 
 class PeerError(RunError):

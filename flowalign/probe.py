@@ -77,12 +77,7 @@ def suggest(
 def _train(ready: Prepared, folder: Path, progress: bool) -> None:
     state = State(trained(ready.policy), ready.optimizer, None, ready.accelerator.scaler, {})
 
-    def after(step: int) -> None:
-        for part in (ready.step.carried, ready.following):
-            if part is not None:
-                part.after(step)
-
-    hooks = Hooks(lambda step, values: None, after=after)
+    hooks = Hooks(lambda step, values: None, after=ready.after)
     arguments = (ready.accelerator, ready.model, state, ready.batches, ready.step, ready.config.train, hooks)
     if not fit(*arguments, folder / "state", ready.about, progress=progress):
         raise KeyboardInterrupt

@@ -22,8 +22,9 @@ from flowalign import config as configuration
 from flowalign import probe
 from flowalign.data.pairs import sequential
 from flowalign.device import choose_device, make_accelerator
-from flowalign.errors import CheckpointError, ConfigError
+from flowalign.errors import CheckpointError, CollapseError, ConfigError
 from flowalign.evaluate.compare import evaluate_folders
+from flowalign.evaluate.guard import guard_report
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import LORA, open_checkpoint
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
@@ -32,7 +33,7 @@ from flowalign.plan.gpus import EFFICIENCY
 from flowalign.plan.page import page
 from flowalign.plan.predict import predict
 from flowalign.report.card import write_card
-from flowalign.report.page import write_report
+from flowalign.report.page import read_lines, write_report
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared, prepare
@@ -42,7 +43,7 @@ from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import kohya, trained
-from flowalign.watch import draw_samples, sample_prompts, validation, write_weights
+from flowalign.watch import Recorder, draw_samples, ended, sample_prompts, validation, write_weights
 
 
 def align(config: Config, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -77,32 +78,37 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     accelerator.end_training()
     if not accelerator.is_main_process:
         return result | {"summary": None}
-    last = _last_metrics(run.metrics)
+    last = _last_metrics(lines := list(read_lines(run.metrics)))
     pairs = config.train.batch_size * config.train.accumulation * accelerator.num_processes * config.train.steps
     accuracy = last.get("eval/rewards/accuracies")
     held_out = f"held-out preference accuracy {accuracy:.2f}, " if accuracy is not None else ""
+    weights = run.weights if run.weights.is_dir() else run.types
     return result | {
         "steps": config.train.steps,
         "seconds_training": seconds,
         "pairs_per_second": last.get("train/pairs_per_second"),
         "metrics": last,
-        "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in "
-        f"{run.weights if run.weights.is_dir() else run.types}, "
+        "guard": guard_report(config.guard.policy, lines),
+        "summary": f"aligned on {pairs} pairs in {seconds:.0f} s: {held_out}weights in {weights}, "
         f"report in {run.path / 'report.html'}",
     }
 
 
 def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path], progress: bool) -> tuple[bool, float]:
-    """From the newest of the states found to the finished folder; whether it got there, and the seconds of training."""
+    """From the newest of the states found to the finished folder; whether it got there, and the seconds of training.
+
+    Raises CollapseError where the guard ends the run; weights/ are those of the last good state then.
+    """
     ready = prepare(config, accelerator, progress=progress)
-    learned: dict[str, torch.Tensor] = {}
-    for part in (ready.step.importance, ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
-        learned |= part.tensors() if part is not None else {}
+    recorder = Recorder(ready, run)
+    learned = ready.learned() | recorder.guard.tensors()
     state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, learned)
     # What every process found and read: a folder that is not shared, or other files, would go unnoticed until the end.
     ready.ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **ready.about})
     if found:
         load(found[-1], state, ready.about)
+        if recorder.guard.stopped:
+            raise CollapseError(ended(config, state, run))
     else:
         ready.at_start.self_test(ready.first_batch(), Keyed(config.train.seed))
         plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
@@ -113,20 +119,23 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
         run.write_environment(accelerator.device)
         run.write_json("data.json", ready.data)
         run.rewind(step_of(found[-1]) if found else -1)
-    finished, seconds = _train(config, ready, state, run, progress)
+    finished, seconds = _train(config, ready, state, run, recorder, progress)
     if finished:
         _finish(config, ready, state, run, progress)
+    elif recorder.guard.stopped:
+        if state.good:
+            load(run.states / f"step-{state.good:08d}", state, ready.about)
+            _finish(config, ready, state, run, progress)
+        elif ready.ranks.main:
+            report(run.path)
+        raise CollapseError(ended(config, state, run))
     return finished, seconds
 
 
-def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress: bool) -> tuple[bool, float]:
+def _train(
+    config: Config, ready: Prepared, state: State, run: RunDir, recorder: Recorder, progress: bool
+) -> tuple[bool, float]:
     accelerator = ready.accelerator
-
-    def record(step: int, values: dict[str, float]) -> None:
-        if accelerator.is_main_process:
-            run.record(step, values)
-        accelerator.log(values, step=step)
-
     prompts = sample_prompts(config, ready)
 
     def sample(step: int) -> None:
@@ -140,11 +149,6 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         else lambda: validation(ready.full_step, ready.held_out, config, accelerator, ready.held_out_bank)
     )
 
-    def after(step: int) -> None:
-        for part in (ready.step.carried, ready.step.adaptive, ready.following, ready.annotators):
-            if part is not None:
-                part.after(step)
-
     importance = ready.step.importance
     started = time.perf_counter()
     finished = fit(
@@ -155,11 +159,12 @@ def _train(config: Config, ready: Prepared, state: State, run: RunDir, progress:
         ready.full_step,
         config.train,
         Hooks(
-            record,
+            recorder.record,
             validate,
             sample if prompts else None,
-            after,
+            ready.after,
             importance.refresh if importance is not None else None,
+            lambda broken: recorder.judge(state, broken),
         ),
         run.states,
         ready.about,
@@ -177,7 +182,7 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
     ready.policy.eval()
     prompts = sample_prompts(config, ready)
     if prompts:
-        draw_samples(config, ready, run, prompts, config.train.steps, progress)
+        draw_samples(config, ready, run, prompts, state.step, progress)
     with ready.whole() as denoiser:
         if denoiser is not None:
             for folder in write_weights(config, ready, run, denoiser):
@@ -339,9 +344,7 @@ def cache_clear(folder: Path | None, fingerprint: str | None) -> dict[str, Any]:
     return {"folder": str(path), "freed": freed, "summary": f"{freed / 2**20:.1f} MiB freed in {path}"}
 
 
-def _last_metrics(path: Path) -> dict[str, float]:
+def _last_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The newest value of every metric."""
-    out: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        out |= json.loads(line)
-    return out
+    out = {name: value for line in lines for name, value in line.items()}
+    return {name: value for name, value in out.items() if not name.startswith("guard/")}

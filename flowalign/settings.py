@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -19,6 +19,11 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] >= ends[1]:
         raise ValueError("the first end must be below the second")
     return ends
+
+
+def _word(value: Any) -> Any:
+    """What YAML 1.1 makes of the word off, back."""
+    return "off" if value is False else value
 
 
 class Section(BaseModel):
@@ -231,6 +236,27 @@ class Train(Section):
     """seconds after which a process that does not answer the others counts as lost"""
 
 
+class Guard(Section):
+    """What is watched while a run trains, so that it does not collapse unseen, see docs/guard.md."""
+
+    policy: Annotated[Literal["off", "warn", "lower_lr", "rollback", "stop"], BeforeValidator(_word)] = "warn"
+    """beyond a limit: nothing, a sentence, a lower learning rate, back to the last good state at a lower rate, or the end"""
+    winner_error: Rate | None = 0.2
+    """largest rise of the chosen pictures' error, relative to what it was before training; null does not watch it"""
+    negative_margins: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.6
+    """largest share of negative margins, in training and in any quarter of the times held out; null does not watch it"""
+    accuracy_drop: Annotated[float, Field(gt=0, lt=1)] | None = 0.1
+    """largest fall of the held-out accuracy from its best; null does not watch it"""
+    spike: Annotated[float, Field(gt=1)] | None = 10.0
+    """largest norm of the gradient, and of the way from the first weights, in its running mean; null does not watch it"""
+    window: Positive = 500
+    """comparisons over which figures of training are averaged, and before which they are not judged"""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """lower_lr and rollback: what the learning rate is multiplied with"""
+    lowest: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """share of the learning rate that it never goes below; a rollback that would ends the run instead"""
+
+
 class Sample(Section):
     """Pictures drawn along the way."""
 
@@ -260,6 +286,7 @@ class Config(Section):
     switches: Switches = Switches()
     trainable: Trainable = Trainable()
     train: Train = Train()
+    guard: Guard = Guard()
     sample: Sample = Sample()
     judges: str | None = None
     """folder of the judges that compare the run with its base; null when there are none"""

@@ -72,6 +72,21 @@ class Prepared:
     plain: nn.Module | None = None
     """Where the policy lies in shards: a module like it for the whole weights, in the process that writes."""
 
+    def _moving(self) -> list[Carried | Following | Annotators]:
+        parts = (self.step.carried, self.step.adaptive, self.following, self.annotators)
+        return [part for part in parts if part is not None]
+
+    def after(self, step: int) -> None:
+        """What moves once an optimizer step, beside the weights; for `Hooks.after`."""
+        for part in self._moving():
+            part.after(step)
+
+    def learned(self) -> dict[str, Tensor]:
+        """What a run learns beside the weights, to be saved with them and restored in place."""
+        importance = self.step.importance
+        parts = [*self._moving(), *([importance] if importance is not None else [])]
+        return {name: tensor for part in parts for name, tensor in part.tensors().items()}
+
     @contextmanager
     def whole(self) -> Iterator[nn.Module | None]:
         """The policy with all its weights, in the process that writes, None in the others; every process must ask."""
@@ -233,6 +248,9 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
+    if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
+        rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
+        about["guard"] = config.guard.model_dump(mode="json") | rhythm
     train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
     # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).

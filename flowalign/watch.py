@@ -1,26 +1,33 @@
-"""What a run shows: metrics on held-out comparisons and sample pictures along the way, weights at the end."""
+"""What a run shows: metrics on held-out comparisons, the guard and sample pictures along the way, weights at the end."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.mixture import MixtureStep, by_type
+from flowalign.align.reference import MOVING
 from flowalign.align.step import PreferenceStep
 from flowalign.config import dump
 from flowalign.data.pairs import PairDataset, fixed_draws
+from flowalign.evaluate.guard import ACCURACY, MARGIN, TIMES, Guard, guard_report, sentence
 from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.files import write_text
+from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
+from flowalign.train.checkpoint import State, go_back, save
+from flowalign.train.loop import Verdict
 from flowalign.train.rundir import RunDir
-from flowalign.train.trainable import export
+from flowalign.train.trainable import distance, export, trained
 
 
 @torch.no_grad()
@@ -33,14 +40,13 @@ def validation(
 ) -> dict[str, float]:
     """Metrics on held-out comparisons at fixed (t, noise) draws: the same numbers at each call for the same weights.
 
-    Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about. What is held out may be
-    of another kind than what is trained on: pairs where groups are.
+    Margin and accuracy are given for each of `TIMES` besides, parts of [0, 1] whatever the length of the schedule. Ties take no
+    part in the accuracy: whichever picture wins, there is nothing to be right about. What is held out may be of another kind
+    than what is trained on: pairs where groups are.
     """
     draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
     fixed = step.on_held_out(bank, held_out.cached.num_chosen)
     sums: dict[str, torch.Tensor] = {}
-    votes = torch.zeros((), device=accelerator.device)
-    count = torch.zeros((), device=accelerator.device)
     for draw in range(draws):
         batches = fixed_draws(held_out, config.train.batch_size, draws, draw)
         while group := list(islice(batches, accelerator.num_processes)):
@@ -50,19 +56,81 @@ def validation(
             counts = torch.full((len(batch),), float(not spare), device=accelerator.device)
             decided = counts * (batch.preference != 0.5).to(accelerator.device)
             _, metrics = fixed(batch, rng)
-            if "rewards/accuracies" in metrics:
-                metrics["rewards/accuracies"] = metrics["rewards/accuracies"] * decided
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, torch.zeros_like(count)) + (value * counts).sum()
-            votes += decided.sum()
-            count += counts.sum()
+            weighted = {name: (value, decided if name == ACCURACY else counts) for name, value in metrics.items()}
+            part = (fixed.times(batch, rng) * len(TIMES)).long().clamp(max=len(TIMES) - 1).to(accelerator.device)
+            for name in {MARGIN, ACCURACY} & metrics.keys():
+                value, weight = weighted[name]
+                weighted |= {f"{name}/{label}": (value, weight * (part == place)) for place, label in enumerate(TIMES)}
+            for name, (value, weight) in weighted.items():
+                sums[name] = sums.get(name, 0) + torch.stack([(value * weight).sum(), weight.sum()])
     names = sorted(sums)
-    totals = accelerator.reduce(torch.stack([votes, count, *(sums[name] for name in names)]), "sum").tolist()
-    votes_total, count_total = totals[:2]
-    out = {name: total / count_total for name, total in zip(names, totals[2:], strict=True) if name != "rewards/accuracies"}
-    if "rewards/accuracies" in sums and votes_total:
-        out["rewards/accuracies"] = totals[2 + names.index("rewards/accuracies")] / votes_total
-    return out
+    totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
+    return {name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight}
+
+
+class Recorder:
+    """Writes a run's metrics, has the guard look at them, and does what it says. Made before a saved state is loaded."""
+
+    def __init__(self, ready: Prepared, run: RunDir) -> None:
+        cfg, held_out = ready.config.train, 0 if ready.held_out is None else len(ready.held_out)
+        self._ready, self._run = ready, run
+        self._start = _first_weights(ready)
+        self.guard = Guard(
+            ready.config.guard,
+            pairs_per_step=cfg.batch_size * cfg.accumulation * ready.ranks.count,
+            held_out=held_out,
+            draws=cfg.validation_draws,
+            along=held_out > 0 and cfg.validate_every is not None,
+        )
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics; every process calls it."""
+        if self._start is not None and "train/loss" in values:
+            values = values | {"train/update_norm": distance(trained(self._ready.policy), self._start)}
+        self.guard.note(step, values)
+        if self._ready.ranks.main:
+            self._run.record(step, values)
+        self._ready.accelerator.log(values, step=step)
+
+    def judge(self, state: State, broken: bool) -> Verdict:
+        """Ask the guard, and record it, lower the rate or go back to the good state as it says. Alike in all processes.
+
+        A rollback is written in an order that a kill at any point does not harm: a resume does the rest of it again.
+        """
+        ready, run = self._ready, self._run
+        verdict, events = self.guard.judge(state.step, state.rate, good=state.good is not None, broken=broken)
+        for event in events:
+            state.rate = event.rate
+            if ready.ranks.main:
+                tqdm.write(f"guard: {sentence(event)}")
+        if verdict == "back":
+            go_back(run.states, state, ready.about, ready.ranks)
+        if ready.ranks.main:
+            for event in events:
+                run.record(state.step, event.line())
+        if verdict == "back":
+            if ready.ranks.main:
+                run.rewind(state.step)
+            save(run.states, state, ready.about, ready.config.train.keep_checkpoints, write=ready.ranks.main)
+        return verdict
+
+
+def _first_weights(ready: Prepared) -> Mapping[str, torch.Tensor] | None:
+    """What learns, as it was before training, where that costs little memory: adapters copied, all weights in the reference."""
+    config = ready.config
+    if config.trainable.kind == "lora":
+        return {name: parameter.detach().clone() for name, parameter in trained(ready.policy).items()}
+    still = config.reference.bank is None and config.reference.kind not in MOVING
+    return dict(ready.family.denoiser.named_parameters()) if still else None
+
+
+def ended(config: Config, state: State, run: RunDir) -> str:
+    """Why the guard ended a run, what there is of it, and how to go on."""
+    says = guard_report(config.guard.policy, read_lines(run.metrics))["says"]
+    kept = (
+        f"weights of step {state.good}, the last good state, are in {run.weights}" if state.good else "no weights are written"
+    )
+    return f"the guard ended the run; {kept}. {says} To go on as it is, resume with --set guard.policy=warn."
 
 
 def sample_prompts(config: Config, ready: Prepared) -> list[str]:

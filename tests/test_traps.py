@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign import config, runs
+from flowalign.evaluate.guard import TIMES
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
@@ -173,6 +174,9 @@ def test_times_follow_the_length_of_the_checkpoints_own_schedule(prepared: Make,
             assert set(times.tolist()) == set(range(50))
     metrics = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert metrics["rewards/margins"] == 0
+    assert {name: value for name, value in metrics.items() if "/t" in name} == {
+        f"rewards/{name}/{label}": value for name, value in (("margins", 0.0), ("accuracies", 0.5)) for label in TIMES
+    }
     assert metrics["loss"] == pytest.approx(math.log(2))
 
 

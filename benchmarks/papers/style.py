@@ -87,13 +87,7 @@ class Bench:
         ready = prepare(config, accelerator, progress=False)
         state = State(trained(ready.policy), ready.optimizer, ready.ema, accelerator.scaler, {})
         trace: list[dict[str, float]] = []
-
-        def after(step: int) -> None:
-            for part in (ready.step.carried, ready.following):
-                if part is not None:
-                    part.after(step)
-
-        hooks = Hooks(lambda step, values: trace.append({"step": step, **values}), after=after)
+        hooks = Hooks(lambda step, values: trace.append({"step": step, **values}), after=ready.after)
         started = time.perf_counter()
         arguments = (accelerator, ready.model, state, ready.batches, ready.step, config.train, hooks, work / "states", {})
         if train and not fit(*arguments, progress=False):

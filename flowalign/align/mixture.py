@@ -159,6 +159,10 @@ class MixtureStep:
         known = {"types/certainty": gamma.amax(1)}
         return mixed(losses), {name: mixed(value) for name, value in metrics.items()} | shares | known
 
+    def times(self, batch: Batch, rng: Keyed) -> Tensor:
+        """See PreferenceStep.times."""
+        return self.step.times(batch, rng)
+
     def on_held_out(self, bank: ReferenceBank | None = None, num_chosen: int | None = None) -> MixtureStep:
         """See PreferenceStep.on_held_out; annotators that were trained on keep their γ."""
         return replace(self, step=self.step.on_held_out(bank, num_chosen))

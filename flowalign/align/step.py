@@ -97,7 +97,7 @@ class PreferenceStep:
     def _drawn(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
         """(x0 `[B·N, C, h, w]`, t `[B·N]`) on the device."""
         posterior = rng.normal("posterior", batch.ids, batch.draws, batch.mean.shape[2:])
-        mean, std, posterior, t = (self._ship(each) for each in (batch.mean, batch.std, posterior, self._times(batch, rng)))
+        mean, std, posterior, t = (self._ship(each) for each in (batch.mean, batch.std, posterior, self.times(batch, rng)))
         return (mean + std * posterior[:, None]).flatten(0, 1), t.repeat_interleave(batch.mean.shape[1])
 
     def told(self, batch: Batch) -> Conditioning:
@@ -207,7 +207,7 @@ class PreferenceStep:
         terms = self.terms(batch, rng)
         loss = self.loss(terms) * self._ship(batch.weight)
         if self.switches.time_weight != "constant":
-            loss = loss * self._ship(time_weight(self.family.level(self._times(batch, rng)), self.switches))
+            loss = loss * self._ship(time_weight(self.family.level(self.times(batch, rng)), self.switches))
         metrics = self.measure(terms)
         for part in (self.carried, self.adaptive):
             if part is not None:
@@ -237,7 +237,8 @@ class PreferenceStep:
         """Rewards βh as TRL names them, and errors relative to the reference, each a mean over the chosen or the rejected.
 
         A tied margin is half a win, half a loss. The margin of a picture that was judged alone is its h where it is wanted, and
-        −h where it is not.
+        −h where it is not. `winner/…` are the errors themselves, of the chosen; of pictures judged alone times the probability
+        that they are wanted, so that ratios of their means are those of the wanted ones.
         """
         alone = terms.policy_error.shape[1] == 1
         parts = (
@@ -245,6 +246,9 @@ class PreferenceStep:
         )
         rise = terms.policy_error if terms.reference_error is None else terms.policy_error - terms.reference_error
         errors = {f"error/{name}": rise[:, part].mean(1) for name, part in parts.items()}
+        share = terms.preference if alone else torch.ones_like(terms.preference)
+        winners = {"winner/error": terms.policy_error, "winner/reference_error": terms.reference_error}
+        errors |= {name: share * e[:, : terms.num_chosen].mean(1) for name, e in winners.items() if e is not None}
         if terms.reference_error is None:
             return errors
         beta = self.knobs.get("beta", 1.0)
@@ -295,7 +299,7 @@ class PreferenceStep:
             )
         return margin
 
-    def _times(self, batch: Batch, rng: Keyed) -> Tensor:
+    def times(self, batch: Batch, rng: Keyed) -> Tensor:
         """`[B]` in [0, 1], float64, on the CPU."""
         sampler = TIMESTEPS[self.timesteps]
         even = sampler.spread(rng, batch)

@@ -16,6 +16,7 @@ import yaml
 
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import Generated, match, read_generation
+from flowalign.evaluate.guard import guard_report
 from flowalign.files import write_text
 from flowalign.report.charts import Line, forest, line_chart
 from flowalign.report.pictures import Samples, read_samples, sheet, strip
@@ -112,6 +113,12 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def _guarded(config: Mapping[str, Any], metrics: Metrics) -> str:
+    """What the guard saw, for a run that has one."""
+    settings = config.get("guard")
+    return guard_report(settings["policy"], metrics)["says"] if isinstance(settings, Mapping) and metrics else ""
+
+
 def _header(name: str, verdict: str, config: Mapping[str, Any], metrics: Metrics, evaluation: Mapping[str, Any]) -> str:
     objective, model = config.get("objective") or {}, config.get("model") or {}
     knobs = ", ".join(f"{key} {value:g}" for key, value in objective.items() if isinstance(value, float | int))
@@ -124,6 +131,8 @@ def _header(name: str, verdict: str, config: Mapping[str, Any], metrics: Metrics
     known = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     shown = "".join(f"<div><dt>{key}</dt><dd>{value}</dd></div>" for key, value in known.items())
     said = f'<p class="verdict">{escape(verdict)}</p>' if verdict else ""
+    guarded = _guarded(config, metrics)
+    said += f'<p class="lead guard">{escape(guarded)}</p>' if guarded else ""
     title = f'<p class="eyebrow">Alignment report</p><h1>{escape(name)}</h1>'
     return f'<header>{title}{said}<dl class="facts">{shown}</dl></header>'
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError
 from flowalign.files import atomic_folder
-from flowalign.train.ranks import differences, gathered, scattered
+from flowalign.train.ranks import Ranks, differences, gathered, scattered
 
 
 @dataclass
@@ -30,6 +30,10 @@ class State:
     learned: dict[str, Tensor] = field(default_factory=dict)
     """What the step itself has learned, the same on every rank; restored in place."""
     step: int = 0
+    rate: float = 1.0
+    """What the learning rate is multiplied with."""
+    good: int | None = None
+    """Step of the newest state that was found good, which is kept however old it grows."""
 
     def tensors(self) -> dict[str, Tensor]:
         out = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
@@ -43,7 +47,7 @@ class State:
 
 
 def save(folder: Path, state: State, about: dict[str, object], keep: int, *, write: bool = True) -> Path:
-    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep` states.
+    """Write `folder/step-NNNNNN` atomically, then drop all but the newest `keep` states and the good one.
 
     Every process of a run calls it, because tensors in shards are put together here; the one with `write` writes.
     """
@@ -58,10 +62,35 @@ def save(folder: Path, state: State, about: dict[str, object], keep: int, *, wri
     scaler = state.scaler.state_dict() if state.scaler is not None else None
     with atomic_folder(path) as temporary:
         save_file(tensors, temporary / "state.safetensors")
-        (temporary / "about.json").write_text(json.dumps({"step": state.step, "scaler": scaler, **about}, indent=1))
+        (temporary / "about.json").write_text(json.dumps(_scalars(state) | {"scaler": scaler} | about, indent=1))
     for old in states(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if step_of(old) != state.good:
+            _drop(old)
     return path
+
+
+def _drop(path: Path) -> None:
+    """Delete a state; it is none from the first instant, so that no half of it is ever taken for one."""
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _scalars(state: State) -> dict[str, object]:
+    return {"step": state.step, "rate": state.rate, "good": state.good}
+
+
+def go_back(folder: Path, state: State, about: dict[str, object], ranks: Ranks) -> None:
+    """Restore the good state, but for the rate, and drop what was saved after it. Every process calls it."""
+    newer = [path for path in states(folder) if step_of(path) > (state.good or 0)]
+    ranks.wait()  # until all have looked
+    if ranks.main:
+        for path in newer:
+            _drop(path)
+    rate = state.rate
+    load(folder / f"step-{state.good:08d}", state, about)
+    state.rate = rate
 
 
 def states(folder: Path) -> list[Path]:
@@ -107,7 +136,7 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
     state.optimizer.load_state_dict({"state": slots, "param_groups": state.optimizer.state_dict()["param_groups"]})
     if state.scaler is not None and saved.get("scaler"):
         state.scaler.load_state_dict(saved["scaler"])
-    state.step = int(saved["step"])
+    state.step, state.rate, state.good = saved["step"], saved["rate"], saved["good"]
 
 
 def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +25,9 @@ from flowalign.train.checkpoint import State, save
 from flowalign.train.ranks import Ranks, gathered
 
 Step = Callable[[Batch, Keyed], tuple[Tensor, dict[str, Tensor]]]
+T = TypeVar("T")
+Verdict = Literal["on", "good", "back", "stop"]
+"""Go on; go on, and a state that is saved now is a good one; the state was taken back to an earlier step; end the run."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Hooks:
     """After every step, before anything is saved; it must not wait for the device."""
     refresh: Callable[[], None] | None = None
     """Every `log_every` steps, when the device has been waited for: what the step learns from its own batches."""
+    judge: Callable[[bool], Verdict] = lambda broken: "on"
+    """After every step that wrote metrics, alike in all processes; broken: a metric was not finite, and is not recorded. It may
+    change `state.rate`."""
 
 
 def learning_rate(step: int, cfg: Train) -> float:
@@ -62,7 +70,7 @@ def fit(
     *,
     progress: bool = True,
 ) -> bool:
-    """Train from `state.step` to `cfg.steps`; return False where SIGINT or SIGTERM ended it early, after saving.
+    """Train from `state.step` to `cfg.steps`; return False where SIGINT, SIGTERM or `judge` ended it early, after saving.
 
     `batches(position)` yields this rank's micro-batches from a place in the run's endless sequence of comparisons.
     Metrics are summed on the device and read once every `log_every` steps, averaged over accumulation and ranks.
@@ -75,32 +83,37 @@ def fit(
     sums: dict[str, Tensor] = {}
     count, since, clock = 0, 0.0, time.perf_counter()
 
-    def flush() -> None:
-        """Read the sums back (the only wait for the device), check them and write them."""
+    def flush() -> NonFiniteError | None:
+        """Read the sums back (the only wait for the device) and write them, unless one is not finite."""
         nonlocal sums, count, since, clock
         if not count:
-            return
+            return None
         names = sorted(sums)
         means = accelerator.reduce(torch.stack([sums[name] for name in names]) / count, "mean").tolist()
         values = dict(zip(names, means, strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
-            raise NonFiniteError(
+            return NonFiniteError(
                 f"{', '.join(broken)} became NaN or infinite between steps {state.step - count} and {state.step}; the last "
                 "saved state is whole: lower train.learning_rate or use train.precision=fp32, then run again."
             )
         elapsed = time.perf_counter() - clock - since
-        values |= {"lr": learning_rate(state.step - 1, cfg), "pairs_per_second": count * per_step / max(elapsed, 1e-9)}
+        values |= {
+            "lr": state.rate * learning_rate(state.step - 1, cfg),
+            "pairs_per_second": count * per_step / max(elapsed, 1e-9),
+        }
         hooks.record(state.step, {f"train/{name}": value for name, value in values.items()})
         bar.set_postfix_str(f"loss {values['loss']:.3f}  accuracy {values.get('rewards/accuracies', math.nan):.2f}")
         sums, count, since, clock = {}, 0, 0.0, time.perf_counter()
+        return None
 
-    def aside(work: Callable[[], None]) -> None:
+    def aside(work: Callable[[], T]) -> T:
         """Do something that is not training, off the clock of pairs per second."""
         nonlocal since
         started = time.perf_counter()
-        work()
+        done = work()
         since += time.perf_counter() - started
+        return done
 
     def validate() -> None:
         if hooks.validate is not None:
@@ -115,18 +128,24 @@ def fit(
             model.train()
 
     def checkpoint() -> None:
-        flush()
+        if broken := flush():
+            raise broken
         save(states, state, about, cfg.keep_checkpoints, write=ranks.main)
 
-    if state.step == 0:
+    if state.step == 0 and state.good is None:  # a good state of step 0 was saved after this
         aside(validate)
+        if hooks.judge(False) == "good":
+            state.good = 0
+            aside(checkpoint)
     model.train()
     shown = progress and accelerator.is_main_process
     bar = tqdm(total=cfg.steps, initial=state.step, desc="aligning", unit="step", disable=not shown)
+    verdict: Verdict = "on"
+    broken: NonFiniteError | None = None
     with _stop_signals() as stopped:
         # A signal reaches processes at different times; all of them must leave after the same step.
         while state.step < cfg.steps and not ranks.any(stopped()):
-            rate = learning_rate(state.step, cfg)
+            rate = state.rate * learning_rate(state.step, cfg)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
             for micro in range(cfg.accumulation):
@@ -154,18 +173,32 @@ def fit(
             count += 1
             bar.update()
             ended = state.step == cfg.steps
-            if state.step % cfg.log_every == 0 or ended:
-                flush()
-            if hooks.refresh is not None and state.step % cfg.log_every == 0:
+            logs, validates, samples, saves = (
+                ended or (every is not None and state.step % every == 0)
+                for every in (cfg.log_every, cfg.validate_every, cfg.sample_every, cfg.save_every)
+            )
+            broken = flush() if logs or saves else None
+            if hooks.refresh is not None and state.step % cfg.log_every == 0 and not broken:
                 hooks.refresh()
-            if (cfg.validate_every and state.step % cfg.validate_every == 0) or ended:
+            if validates and not broken:
                 aside(validate)  # before saving, so that a run resumed from here does not record it twice
-            if cfg.sample_every and state.step % cfg.sample_every == 0 and not ended:
+            if logs or validates or saves:
+                verdict = aside(partial(hooks.judge, broken is not None))
+                if verdict == "back":
+                    stream, bar.n = batches(state.step * per_step), state.step
+                    sums, count, since, clock = {}, 0, 0.0, time.perf_counter()
+                    continue
+                if verdict == "stop":
+                    break
+            if broken:
+                raise broken
+            if samples and not ended:
                 aside(sample)
-            if (cfg.save_every and state.step % cfg.save_every == 0) or ended:
+            if saves:
+                state.good = state.step if verdict == "good" else state.good
                 aside(checkpoint)
-        finished = state.step == cfg.steps
-        if not finished:
+        finished = state.step == cfg.steps and verdict != "stop"
+        if not finished and not broken:
             checkpoint()
     bar.close()
     return finished

@@ -63,7 +63,10 @@ class RunDir:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop metric lines after `step`: a resumed run writes them again. A line cut by a kill is dropped too."""
+        """Drop metric lines after `step`: a resumed run writes them again. A line cut by a kill is dropped too.
+
+        So is one that is there twice: what the guard did is written before the state that remembers it.
+        """
         if not self.metrics.exists():
             return
         kept = []
@@ -73,4 +76,4 @@ class RunDir:
                     kept.append(line)
             except ValueError:
                 continue
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        write_text(self.metrics, "".join(line + "\n" for line in dict.fromkeys(kept)))

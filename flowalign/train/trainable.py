@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,13 @@ def make_trainable(
 def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name, in the module's order."""
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """‖θ − θ₀‖ over all that learns; waits for the device, and every process must ask."""
+    squares = [(tensor.detach() - start[name]).square().sum() for name, tensor in parameters.items()]
+    return math.sqrt(gathered(sum(squares[1:], squares[0])).item())  # shards are added before they are gathered
 
 
 @torch.no_grad()

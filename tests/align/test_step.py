@@ -16,7 +16,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 
 from flowalign import runs
+from flowalign.align.terms import Terms
 from flowalign.data.batch import Batch
+from flowalign.data.pairs import fixed_draws
 from flowalign.errors import ConfigError, SelfTestError
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
@@ -331,6 +333,42 @@ def test_an_objective_that_cannot_take_the_held_out_comparisons_is_refused(prepa
     with pytest.raises(ConfigError, match=r"'mipo' cannot be used with these data: .* 2 pictures on either side"):
         prepared("objective={name: mipo}", f"data.train={grouped}")
     assert prepared("objective={name: mipo, estimator: plug_in}", f"data.train={grouped}").step.num_chosen == 2
+
+
+def test_the_errors_of_winners_are_those_of_chosen_or_wanted_pictures(prepared: Make) -> None:
+    step = prepared().step
+    policy, reference = torch.tensor([[0.3, 0.9], [0.5, 0.7]]), torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    pairs = Terms(policy, reference, None, torch.ones(2))
+    found = step.measure(pairs)
+    assert found["winner/error"].tolist() == pytest.approx([0.3, 0.5])
+    assert found["winner/reference_error"].tolist() == pytest.approx([0.2, 0.6])
+    groups = step.measure(
+        replace(pairs, num_chosen=2, policy_error=policy.repeat(1, 2), reference_error=reference.repeat(1, 2))
+    )
+    assert groups["winner/error"].tolist() == pytest.approx([0.6, 0.6])
+    wanted = torch.tensor([1.0, 0.0, 0.5])
+    alone = step.measure(Terms(torch.tensor([[0.3], [0.9], [0.5]]), torch.tensor([[0.2], [0.7], [0.4]]), None, wanted))
+    rise = alone["winner/error"].sum() / alone["winner/reference_error"].sum() - 1
+    assert rise.item() == pytest.approx((0.3 + 0.25) / (0.2 + 0.2) - 1)
+    assert "winner/reference_error" not in step.measure(replace(pairs, reference_error=None))
+
+
+def test_held_out_margins_by_time_are_means_over_those_times(prepared: Make) -> None:
+    ready = prepared("train.validation_draws=4", "train.batch_size=5")
+    perturb(ready)
+    found = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    step, rng = ready.step.on_held_out(), Keyed(1)
+    times, margins = [], []
+    with torch.no_grad():
+        for draw in range(4):
+            for batch in fixed_draws(ready.held_out, 12, 4, draw):
+                times += step.times(batch, rng).tolist()
+                margins += step(batch, rng)[1]["rewards/margins"].tolist()
+    for place, label in enumerate(("t0.00-0.25", "t0.25-0.50", "t0.50-0.75", "t0.75-1.00")):
+        here = [margin for margin, t in zip(margins, times, strict=True) if place / 4 <= t < (place + 1) / 4]
+        assert len(here) >= 10
+        assert found[f"rewards/margins/{label}"] == pytest.approx(sum(here) / len(here), rel=1e-3, abs=1e-4)
+        assert found[f"rewards/accuracies/{label}"] == pytest.approx(sum(margin > 0 for margin in here) / len(here))
 
 
 def test_validation_is_the_same_at_each_call_and_for_each_batch_size(prepared: Make) -> None:

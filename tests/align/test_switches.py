@@ -132,7 +132,7 @@ def test_level_turns_an_error_of_the_prediction_into_one_of_x0(prepared: Make, f
 def test_a_weighted_step_is_the_plain_one_times_its_weights(prepared: Make) -> None:
     plain, weighted = prepared(), prepared("switches.time_weight=sigmoid")
     batch = plain.first_batch()
-    factor = weighted.family.level(weighted.step._times(batch, Keyed(0)))
+    factor = weighted.family.level(weighted.step.times(batch, Keyed(0)))
     wanted = plain.step(batch, Keyed(0))[0] * torch.sigmoid(-factor.log_snr)
     torch.testing.assert_close(weighted.step(batch, Keyed(0))[0], wanted)
     assert wanted.unique().numel() == len(wanted)

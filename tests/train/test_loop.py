@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
 from flowalign.settings import Train
-from flowalign.train.checkpoint import State, load, save, states
+from flowalign.train.checkpoint import State, go_back, load, save, states
 from flowalign.train.loop import Hooks, fit, learning_rate
+from flowalign.train.ranks import Ranks
 
 ABOUT: dict[str, object] = {"objective": {"name": "line"}}
 
@@ -38,6 +40,7 @@ class Line:
     events: list[tuple[str, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     act: Callable[[int], Any] = lambda micro: None
+    judge: Callable[[Line, bool], Any] = lambda line, broken: "on"
 
     def __post_init__(self) -> None:
         with torch.no_grad():
@@ -68,7 +71,12 @@ class Line:
     def fit(self) -> bool:
         if found := states(self.folder):
             load(found[-1], self.state, ABOUT)
-        hooks = Hooks(self.record, lambda: {"loss": 1.0}, lambda step: self.events.append(("sample", step)))
+        hooks = Hooks(
+            self.record,
+            lambda: {"loss": 1.0},
+            lambda step: self.events.append(("sample", step)),
+            judge=lambda broken: self.judge(self, broken),
+        )
         return fit(
             self.accelerator,
             self.prepared,
@@ -240,6 +248,90 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, broken: str) -> Non
         line.fit()
     assert [path.name for path in states(tmp_path)] == ["step-00000002", "step-00000004"]
     assert all(load_file(path / "state.safetensors")["parameter/weight"].isfinite().all() for path in states(tmp_path))
+
+
+def test_a_judge_that_lowers_the_rate_changes_the_steps_after_it(tmp_path: Path) -> None:
+    """Half the rate from step 2 on, by hand; the saved state remembers it."""
+    cfg = Train(steps=4, batch_size=4, log_every=2, save_every=3, learning_rate=0.05, clip_norm=None)
+
+    def judge(line: Line, broken: bool) -> str:
+        line.state.rate = 0.5 if line.state.step >= 2 else 1.0
+        return "on"
+
+    line = Line(tmp_path, cfg, kind=torch.optim.SGD, judge=judge)
+    line.fit()
+    weight = Line(tmp_path / "other", cfg).weight()
+    stream = line.batches(0)
+    for rate in (0.05, 0.05, 0.025, 0.025):
+        x = next(stream)
+        weight -= rate * (2 * ((x @ weight.T)[:, 0] - 2 * x.sum(1))[:, None] * x).mean(0)
+    torch.testing.assert_close(line.weight(), weight, rtol=0, atol=1e-6)
+    assert [values["train/lr"] for _, values in line.records if "train/lr" in values] == [0.05, 0.025, 0.025]
+    other = Line(tmp_path, cfg)
+    load(tmp_path / "step-00000003", other.state, ABOUT)
+    assert other.state.rate == 0.5
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_taken_back_goes_on_as_one_resumed_there_at_another_rate(tmp_path: Path, broken: bool) -> None:
+    """What made a metric not finite is gone with the state, where it was the state."""
+    cfg = Train(steps=8, batch_size=2, log_every=2, save_every=2, keep_checkpoints=1, learning_rate=0.05, ema=0.7)
+    judged: list[tuple[int, bool]] = []
+
+    def judge(line: Line, found: bool) -> str:
+        step = line.state.step
+        judged.append((step, found))
+        if step == 6 and line.state.rate == 1.0:
+            line.state.rate = 0.5
+            go_back(line.folder, line.state, ABOUT, Ranks(line.accelerator, 1.0))
+            return "back"
+        return "good" if step == 4 else "on"
+
+    def act(micro: int) -> None:
+        if broken and micro == 5:
+            line.model.weight.data[0, 0] = math.nan
+
+    line = Line(tmp_path / "run", cfg, judge=judge, act=act)
+    assert line.fit() is True
+    assert judged == [(0, False), (2, False), (4, False), (6, broken), (6, False), (8, False)]
+    shutil.copytree(tmp_path / "run" / "step-00000004", tmp_path / "other" / "step-00000004")
+    other = Line(tmp_path / "other", cfg, judge=lambda line, _: setattr(line.state, "rate", 0.5) or "on")
+    load(tmp_path / "other" / "step-00000004", other.state, ABOUT)
+    other.state.rate = 0.5
+    save(tmp_path / "other", other.state, ABOUT, 9)
+    assert other.fit() is True
+    assert torch.equal(line.weight(), other.weight())
+    assert line.state.ema is not None
+    assert other.state.ema is not None
+    assert torch.equal(line.state.ema["weight"], other.state.ema["weight"])
+    assert [path.name for path in states(tmp_path / "run")] == [
+        "step-00000004",
+        "step-00000008",
+    ]  # the good one, and the newest
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_judge_ends_the_run_and_nothing_broken_is_saved(tmp_path: Path, broken: bool) -> None:
+    def act(micro: int) -> None:
+        if broken and micro == 3:
+            line.model.weight.data[0, 0] = math.nan
+
+    cfg = Train(steps=8, batch_size=2, log_every=2, save_every=None)
+    line = Line(tmp_path, cfg, judge=lambda line, found: "stop" if line.state.step == 4 else "good", act=act)
+    assert line.fit() is False
+    assert len(line.losses) == 4
+    assert [path.name for path in states(tmp_path)] == ["step-00000000"] + ([] if broken else ["step-00000004"])
+
+
+def test_a_run_taken_back_to_its_start_is_not_validated_there_again(tmp_path: Path) -> None:
+    line = Line(tmp_path, Train(steps=2, batch_size=2), judge=lambda line, broken: "good")
+    line.fit()
+    for path in states(tmp_path)[1:]:
+        shutil.rmtree(path)
+    again = Line(tmp_path, line.cfg)
+    again.fit()
+    assert [step for name, step in again.events if name == "eval"] == [2]
+    assert torch.equal(again.weight(), line.weight())
 
 
 def test_saving_at_a_step_that_is_saved_already_replaces_it(tmp_path: Path) -> None:

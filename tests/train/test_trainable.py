@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from flowalign.errors import CheckpointError, ConfigError
-from flowalign.train.trainable import LORA, export, make_trainable, trained
+from flowalign.train.trainable import LORA, distance, export, make_trainable, trained
 
 
 @pytest.fixture
@@ -34,6 +34,17 @@ def test_adapters_are_float32_on_a_bfloat16_model_and_start_as_nothing(unet: UNe
     frozen = {name.replace(".base_layer", "") for name, p in unet.named_parameters() if not p.requires_grad}
     assert frozen == names
     assert next(unet.parameters()).dtype == torch.bfloat16
+
+
+def test_the_way_from_the_first_weights_is_one_norm_over_all_of_them(unet: UNet2DConditionModel) -> None:
+    lora(unet)
+    start = {name: parameter.detach().clone() for name, parameter in trained(unet).items()}
+    assert distance(trained(unet), start) == 0
+    with torch.no_grad():
+        for parameter in trained(unet).values():
+            parameter += 0.25
+    count = sum(parameter.numel() for parameter in trained(unet).values())
+    assert distance(trained(unet), start) == pytest.approx(0.25 * count**0.5, rel=1e-5)
 
 
 def test_adapters_depend_on_the_seed_and_on_nothing_else(folders: dict[str, Path]) -> None:
