@@ -22,12 +22,11 @@ from flowalign.errors import CheckpointError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.train.checkpoint import states
-from tests.train.test_resume import FILES, SETTINGS, assert_same_run, forks, free_port, metrics
+from tests.train.test_resume import FILES, SETTINGS, SIGNS, assert_same_run, forks, free_port, metrics
 
 Make = Callable[..., Config]
 GLOBAL = 4  # comparisons a step, however they are spread
 SPREAD = (*SETTINGS, "train.learning_rate=1e-4", "train.caption_dropout=0.3")
-SIGNS = ("train/rewards/accuracies", "eval/rewards/accuracies", "eval/step")  # of margins that are about 0 yet
 
 
 def spread(settings: Make, output: Path, processes: int, *more: str) -> Config:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import cli, config, runs
+from flowalign.evaluate.guard import TIMES
 from flowalign.settings import Config
 from flowalign.train.checkpoint import states
 from flowalign.train.rundir import RunDir
@@ -27,6 +28,8 @@ from flowalign.train.rundir import RunDir
 FORKS = Path(__file__).with_name("forks.py")
 FILES = {"lora": "pytorch_lora_weights.safetensors", "full": "unet/diffusion_pytorch_model.safetensors"}
 SETTINGS = ("train.steps=6", "train.accumulation=2", "train.ema=0.7", "train.save_every=2", "train.validate_every=3")
+SIGNS = ("train/rewards/accuracies", *(f"eval/rewards/accuracies{part}" for part in ("", *(f"/{label}" for label in TIMES))))
+"""Metrics that are signs of margins, which are about 0 yet."""
 
 Make = Callable[..., Config]
 
@@ -197,8 +200,7 @@ def test_eight_at_once_are_two_four_times(settings: Make, tmp_path: Path, timest
     weights = {name: load_file(tmp_path / name / "weights" / FILES["lora"]) for name in shapes}
     for key, tensor in weights["whole"].items():
         torch.testing.assert_close(weights["accumulated"][key], tensor, rtol=0, atol=1e-5)
-    signs = ("train/rewards/accuracies", "eval/rewards/accuracies")  # those of margins that are about 0 yet
-    for one, other in zip(metrics(tmp_path / "whole", *signs), metrics(tmp_path / "accumulated", *signs), strict=True):
+    for one, other in zip(metrics(tmp_path / "whole", *SIGNS), metrics(tmp_path / "accumulated", *SIGNS), strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
     start = load_file(tmp_path / "whole" / "weights" / FILES["lora"])
     assert max(tensor.abs().max() for key, tensor in start.items() if "lora.up" in key or "lora_B" in key) > 1e-4
