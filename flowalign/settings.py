@@ -241,8 +241,8 @@ class Guard(Section):
 
     policy: Annotated[Literal["off", "warn", "lower_lr", "rollback", "stop"], BeforeValidator(_word)] = "warn"
     """beyond a limit: nothing, a sentence, a lower learning rate, back to the last good state at a lower rate, or the end"""
-    winner_error: Rate | None = 0.2
-    """largest rise of the chosen pictures' error, relative to what it was before training; null does not watch it"""
+    winner_error: Rate | None = 0.05
+    """largest rise of the chosen pictures' error above its lowest, relative to before training; null does not watch it"""
     negative_margins: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.6
     """largest share of negative margins, in training and in any quarter of the times held out; null does not watch it"""
     accuracy_drop: Annotated[float, Field(gt=0, lt=1)] | None = 0.1

@@ -36,8 +36,8 @@ class Watch(NamedTuple):
 
 WATCHES = {
     "winner_error": Watch(
-        "the error of chosen pictures had risen by {value:.0%} of what it was before training (limit {limit:.0%}), so the "
-        "model runs away from the rejected pictures and forgets the chosen ones too",
+        "the error of chosen pictures had risen by {value:.0%} above its lowest (limit {limit:.0%}), so the model runs away "
+        "from the rejected pictures and forgets the chosen ones too",
         HELD,
     ),
     "negative_margins": Watch(
@@ -63,7 +63,7 @@ WATCHES = {
 MEANS = ("winner/error", "winner/reference_error", ACCURACY, "grad_norm", "update_norm")
 """Training metrics that are averaged over the window."""
 SLOTS = (
-    *("step", "compared", "weight", "start", "best", "stopped"),
+    *("step", "compared", "weight", "start", "lowest/held", "lowest/trained", "best", "stopped"),
     *(f"sum/{name}" for name in MEANS),
     *(f"{part}/{watch}" for part in ("level", "acted") for watch in WATCHES),
 )
@@ -167,14 +167,18 @@ class Guard:
         if ACCURACY in values:
             self._read("negative_margins", 1 - self._mean(ACCURACY), cfg.negative_margins, calm=0.5)
         if not self._along and "winner/reference_error" in values:
-            rise = self._mean("winner/error") / self._mean("winner/reference_error") - 1
-            self._read("winner_error", rise, cfg.winner_error)
+            ratio = self._mean("winner/error") / self._mean("winner/reference_error")
+            lowest = min(self._get("lowest/trained") or 1.0, ratio)
+            self._set("lowest/trained", lowest)
+            self._read("winner_error", ratio - lowest, cfg.winner_error)
 
     def _held(self, values: Mapping[str, float]) -> None:
         cfg = self.settings
         start = self._get("start") or values["winner/error"]
         self._set("start", start)
-        self._read("winner_error", values["winner/error"] / start - 1, cfg.winner_error)
+        lowest = min(self._get("lowest/held") or start, values["winner/error"])
+        self._set("lowest/held", lowest)
+        self._read("winner_error", (values["winner/error"] - lowest) / start, cfg.winner_error)
         if ACCURACY in values:
             best = max(self._get("best"), values[ACCURACY])
             self._set("best", best)

@@ -20,7 +20,9 @@ Line = tuple[int, dict[str, float]]
 
 
 def make(along: bool = True, held_out: int = 400, **settings: Any) -> Guard:
-    return Guard(Settings(**settings), pairs_per_step=16, held_out=held_out, draws=4, along=along)
+    """With the limits that the sequences below are made for."""
+    chosen = Settings(**{"winner_error": 0.2} | settings)
+    return Guard(chosen, pairs_per_step=16, held_out=held_out, draws=4, along=along)
 
 
 def trained(step: int, **changes: float) -> Line:
@@ -131,6 +133,40 @@ def test_values_and_limits_are_what_was_written() -> None:
     assert (event.value, event.limit) == (pytest.approx(0.2), pytest.approx(4 * math.sqrt(2 * 0.25 / 400)))
     assert list(run(make(held_out=400, accuracy_drop=0.25), bad)) == []
     assert list(run(make(held_out=100), bad)) == []  # so few comparisons can be off by as much
+
+
+KNOWN = {  # step: rise of the held-out error of chosen pictures, accuracy; 0.3653 before training (docs/guard.md)
+    "β 300, rate 2e-5": {
+        **{25: (-0.0075, 0.64), 50: (-0.0108, 0.76), 75: (-0.0086, 0.83), 100: (-0.0049, 0.88), 125: (0.0005, 0.91)},
+        **{150: (0.0070, 0.94), 175: (0.0109, 0.95), 200: (0.0144, 0.95), 250: (0.0164, 0.97), 300: (0.0178, 0.98)},
+    },
+    "β 300, rate 1e-4": {10: (-0.0080, 0.65), 20: (-0.0114, 0.77), 30: (-0.0042, 0.88), 40: (0.0132, 0.93), 50: (0.0157, 0.95)},
+    "the demo": {40: (-0.0084, 0.67), 80: (-0.0115, 0.79), 120: (-0.0132, 0.86), 160: (-0.0135, 0.88)},
+}
+
+
+@pytest.mark.parametrize(("name", "seen"), [("β 300, rate 2e-5", [175]), ("β 300, rate 1e-4", [40]), ("the demo", [])])
+def test_runs_that_collapsed_are_seen_while_their_accuracy_rises_and_one_that_held_is_not(name: str, seen: list[int]) -> None:
+    guard = Guard(Settings(), pairs_per_step=16, held_out=241, draws=1, along=True)
+    start = (0, {"eval/loss": 0.69, "eval/winner/error": 0.3653, "eval/rewards/accuracies": 0.5})
+    lines = [
+        (step, {"eval/loss": 0.5, "eval/winner/error": 0.3653 + rise, "eval/rewards/accuracies": accuracy})
+        for step, (rise, accuracy) in KNOWN[name].items()
+    ]
+    assert [(event.watch, event.step) for event in run(guard, [start, *lines])] == [("winner_error", step) for step in seen]
+
+
+def test_a_rise_counts_from_the_lowest() -> None:
+    bad = [START, held(100, error=0.24), held(200, error=0.306)]
+    (event,) = run(make(), bad)
+    assert event.value == pytest.approx((0.306 - 0.24) / 0.3)
+
+
+def test_in_training_too_a_rise_counts_from_the_lowest() -> None:
+    falling = [trained(step, error=0.3 - 0.0006 * step) for step in range(10, 160, 10)]
+    rising = [trained(step, error=0.3) for step in range(160, 310, 10)]
+    (event,) = run(make(along=False, window=160), [held(0, error=0.2), *falling, *rising])
+    assert 0.2 < event.value < 0.3
 
 
 def test_a_mean_over_the_window_by_hand() -> None:
@@ -263,7 +299,7 @@ def test_the_report_says_what_happened_and_what_to_turn() -> None:
     found = guard_report("warn", [*lines, {"step": event.step, **event.line()}])
     assert found["events"] == [vars(event)]
     assert found["says"] == (
-        "At step 70 the error of chosen pictures had risen by 21% of what it was before training (limit 20%), so the model "
+        "At step 70 the error of chosen pictures had risen by 21% above its lowest (limit 20%), so the model "
         "runs away from the rejected pictures and forgets the chosen ones too; next time raise objective.beta, lower "
         "train.learning_rate, train fewer steps, or add switches.winner_nll or switches.safeguard."
     )
