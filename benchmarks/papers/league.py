@@ -117,7 +117,6 @@ def compared(base: Measured, dpo: Measured, run: Measured, prompts: Sequence[str
         "accuracy": float((np.array(run["margin"]) > 0).mean()),
         "drift": float(np.mean(run["drift"])),
         "diversity": spread.mean_difference,
-        "seconds": run["seconds"],
         "duel": duel.win_rate,
         "winner_less": winner.mean_difference,
         "beats_dpo": duel.win_rate.low > 0.5 and winner.mean_difference.high < 0,
@@ -126,7 +125,7 @@ def compared(base: Measured, dpo: Measured, run: Measured, prompts: Sequence[str
 
 COLUMNS = (
     *("", "Fluent share", "style win rate over the base", "caption match − base", "rise of the winner's error"),
-    *("held-out accuracy", "drift", "diversity − base", "seconds", "style win rate over dpo", "winner's error − dpo's"),
+    *("held-out accuracy", "drift", "diversity − base", "style win rate over dpo", "winner's error − dpo's"),
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
@@ -136,7 +135,7 @@ def line(name: str, found: dict[str, Any]) -> str:
     return (
         f"| {bold}{name}{bold} | {found['share']:.2f} | {interval(found['style'], 2)} | {interval(found['caption'], 3)} | "
         f"{found['winner']:+.4f} | {found['accuracy']:.2f} | {found['drift']:.4f} | {interval(found['diversity'], 3)} | "
-        f"{found['seconds']:.0f} | {interval(found['duel'], 2)} | {interval(found['winner_less'], 4)} |"
+        f"{interval(found['duel'], 2)} | {interval(found['winner_less'], 4)} |"
     )
 
 
