@@ -12,7 +12,6 @@ from flowalign.data.fill import Cached, fill
 from flowalign.data.index import index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows
-from flowalign.errors import DataError
 from flowalign.families.base import Family
 from flowalign.settings import Config
 from flowalign.train.ranks import Ranks
@@ -77,12 +76,6 @@ def load_data(
         if index and ranks.main and all(part.inside for part in parts.values()):
             write_index(index, parts, counts)
     family.release_encoders()
-    chosen = [part.num_chosen for part in parts.values()]
-    if chosen[0] != chosen[-1]:
-        raise DataError(
-            f"data.validation has {chosen[-1]} chosen pictures a comparison and data.train {chosen[0]}; validate on "
-            "comparisons of the same kind."
-        )
     bad = [row for part in parts.values() for row in part.bad]
     if ranks.main:
         write_bad_rows(folder / "bad_rows.jsonl", bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -23,10 +24,11 @@ def validation(
 ) -> dict[str, float]:
     """Metrics on held-out comparisons at fixed (t, noise) draws: the same numbers at each call for the same weights.
 
-    Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about.
+    Ties take no part in the accuracy: whichever picture wins, there is nothing to be right about. What is held out may be
+    of another kind than what is trained on: pairs where groups are.
     """
     draws, rng = config.train.validation_draws, Keyed(config.train.seed + 1)
-    fixed = step.on_held_out(bank)
+    fixed = replace(step.on_held_out(bank), num_chosen=held_out.cached.num_chosen)
     sums: dict[str, torch.Tensor] = {}
     votes = torch.zeros((), device=accelerator.device)
     count = torch.zeros((), device=accelerator.device)

@@ -53,12 +53,7 @@ def time_weight(level: Level, switches: Switches) -> Tensor:
 def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:
     """Raise ConfigError for what does not go together with an objective, and with these comparisons."""
     name, kind, needs = config.objective.name, config.reference.kind, objective.needs
-    pictures, num_chosen = comparisons[0].pictures.shape[1], comparisons[0].num_chosen
-    if config.switches.safeguard is not None and pictures != 2:
-        raise ConfigError(
-            f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
-            "pictures; set switches.safeguard=null."
-        )
+    shapes = {(each.pictures.shape[1], each.num_chosen) for each in comparisons}
     for need in sorted(needs & {"scores", "grades"}):
         bare = sum(int(np.isnan(getattr(each, need)).any(1).sum()) for each in comparisons)
         if bare:
@@ -71,13 +66,25 @@ def check(config: Config, objective: Objective, knobs: dict[str, Any], *comparis
         raise ConfigError(
             f"reference.kind {kind!r} moves a reference, but objective.name {name!r} needs none; set reference.kind=auto."
         )
+    for pictures, num_chosen in sorted(shapes):
+        _fits(config, objective, knobs, pictures, num_chosen)
+
+
+def _fits(config: Config, objective: Objective, knobs: dict[str, Any], pictures: int, num_chosen: int) -> None:
+    """Raise ConfigError where the objective, or the safeguard, cannot take comparisons of so many pictures."""
+    name = config.objective.name
+    if config.switches.safeguard is not None and pictures != 2:
+        raise ConfigError(
+            f"switches.safeguard weighs one rejected picture against one chosen, but these comparisons have {pictures} "
+            "pictures; set switches.safeguard=null."
+        )
     if pictures == 1 and objective.takes != "unpaired":
         raise ConfigError(
             f"objective.name {name!r} compares pictures, and in these data each was judged alone; take an objective for "
             "unpaired pictures (flowalign objectives lists them), or data of pairs."
         )
     ones = torch.ones(1, pictures)
-    given = {each: ones[:, 0] if each == "residual_dot" else ones for each in needs - {"reference", "drift"}}
+    given = {each: ones[:, 0] if each == "residual_dot" else ones for each in objective.needs - {"reference", "drift"}}
     try:
         carried = () if objective.carry is None else (Carried(objective.carry, knobs, torch.device("cpu")).scalars,)
         objective(Terms(ones, ones, ones, ones[:, 0], num_chosen, **given), *carried, **knobs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowalign import runs
 from flowalign.data.batch import Batch
-from flowalign.errors import SelfTestError
+from flowalign.errors import ConfigError, SelfTestError
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
@@ -250,6 +250,35 @@ def test_ties_take_no_part_in_the_held_out_accuracy(prepared: Make, votes: Path,
     assert found["with ties"]["rewards/accuracies"] == pytest.approx(found["decided"]["rewards/accuracies"], abs=1e-6)
     assert found["with ties"]["loss"] != pytest.approx(found["decided"]["loss"], rel=1e-2)
     assert "rewards/accuracies" not in found["only ties"]
+
+
+@pytest.fixture
+def grouped(votes: Path, tmp_path: Path) -> Path:
+    """The same votes as groups: two chosen and two rejected pictures for each of the six prompts."""
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    path = tmp_path / "groups.jsonl"
+    with path.open("w") as file:
+        for one, other in zip(rows[:6], rows[6:], strict=True):
+            sides = {side: [str(votes.parent / row[side]) for row in (one, other)] for side in ("chosen", "rejected")}
+            file.write(json.dumps({"prompt": one["prompt"]} | sides) + "\n")
+    return path
+
+
+def test_a_run_on_groups_measures_held_out_pairs_as_a_run_on_pairs_does(prepared: Make, votes: Path, grouped: Path) -> None:
+    found = {}
+    for name, train, chosen in (("dpo", votes, 1), ("mdpo", grouped, 2)):
+        ready = prepared(f"objective={{name: {name}, beta: 50000.0}}", f"data.train={train}")
+        perturb(ready)
+        assert ready.step.num_chosen == chosen
+        found[name] = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    assert 0 < found["dpo"]["rewards/accuracies"] < 1
+    assert found["mdpo"] == pytest.approx(found["dpo"], rel=1e-4)
+
+
+def test_an_objective_that_cannot_take_the_held_out_comparisons_is_refused(prepared: Make, grouped: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'mipo' cannot be used with these data: .* 2 pictures on either side"):
+        prepared("objective={name: mipo}", f"data.train={grouped}")
+    assert prepared("objective={name: mipo, estimator: plug_in}", f"data.train={grouped}").step.num_chosen == 2
 
 
 def test_validation_is_the_same_at_each_call_and_for_each_batch_size(prepared: Make) -> None:
