@@ -1,0 +1,126 @@
+"""Who looks at skin tones: two classifiers that share neither pictures nor features, one for training and one as the judge."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from flowalign.evaluate.judges import ImageTower, to_pixels
+from flowalign.families.loading import open_checkpoint
+from flowalign.rng import key
+
+SAMPLES = "samples/emoji"
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark", "yellow")
+"""Five skin tones, and the yellow that emoji have where none is asked for."""
+SPREADS = (None, 0.0, 0.25)
+"""Copies of each picture: as drawn, and through the VAE with noise of this spread on its latents, whose own spread is 1."""
+SIDE = 128
+Pictures = Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A Noto drawing of a person or a hand."""
+
+    place: str
+    """`FILE.parquet#ROW`, as comparison files name it."""
+    caption: str
+    split: str
+    """train or held_out."""
+    tone: int
+    """Place in TONES."""
+    picture: Image.Image
+
+
+def drawings() -> list[Drawing]:
+    """All concepts with five plain skin tones, in six drawings each."""
+    found = []
+    for row_number, row in enumerate(pq.read_table(f"{SAMPLES}/skin_tones.parquet").to_pylist()):
+        tone = row["tone"].removesuffix(" skin tone")
+        if tone in TONES:
+            found.append(_drawing("skin_tones", row_number, row, TONES.index(tone)))
+    captions = {each.caption for each in found}
+    for row_number, row in enumerate(pq.read_table(f"{SAMPLES}/emoji.parquet").to_pylist()):
+        if row["style"] == "noto" and row["caption"] in captions:
+            found.append(_drawing("emoji", row_number, row, TONES.index("yellow")))
+    return found
+
+
+def _drawing(table: str, number: int, row: dict[str, Any], tone: int) -> Drawing:
+    picture = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+    return Drawing(f"{table}.parquet#{number}", row["caption"], row["split"], tone, picture)
+
+
+@torch.no_grad()
+def copies(vae: Any, pictures: Pictures) -> list[list[Image.Image]]:
+    """Each picture as SPREADS says; all it takes from the generator is its VAE."""
+    out: list[list[Image.Image]] = [[] for _ in SPREADS]
+    rng = torch.Generator().manual_seed(0)
+    for start in range(0, len(pictures), 32):
+        batch = list(pictures[start : start + 32])
+        latents = vae.encode(to_pixels(batch, batch[0].width) * 2 - 1).latent_dist.mean
+        for kind, spread in zip(out, SPREADS, strict=True):
+            if spread is None:
+                kind += batch
+                continue
+            noisy = latents + spread * torch.randn(latents.shape, generator=rng)
+            pixels = ((vae.decode(noisy).sample + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+            kind += [Image.fromarray(each) for each in pixels.numpy()]
+    return out
+
+
+def colours(pictures: Pictures) -> NDArray[np.float64]:
+    """`[n, 512]`: root of the share of pixels in each of 8 × 8 × 8 bins of colour."""
+    bins = np.stack([np.asarray(picture.convert("RGB")).reshape(-1, 3) // 32 @ (64, 8, 1) for picture in pictures])
+    return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in bins]) / bins.shape[1])
+
+
+class Tower:
+    """Features of the judges' image tower `[n, 4192]`."""
+
+    def __init__(self) -> None:
+        self._tower = ImageTower()
+
+    def __call__(self, pictures: Pictures) -> NDArray[np.float64]:
+        parts = (self._tower(to_pixels(pictures[start : start + 32], SIDE)) for start in range(0, len(pictures), 32))
+        return torch.cat(list(parts)).double().numpy()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A multinomial logistic regression over the tones."""
+
+    features: Callable[[Pictures], NDArray[np.float64]]
+    model: Pipeline
+    accuracy: dict[str, float]
+    """Share of held-out concepts' pictures whose tone is found: as drawn, and through the VAE."""
+
+    def __call__(self, pictures: Pictures) -> list[int]:
+        """Places in TONES."""
+        return self.model.predict(self.features(pictures)).tolist()
+
+
+def fit(features: Callable[[Pictures], NDArray[np.float64]], half: int, known: Sequence[Drawing], c: float) -> Classifier:
+    """Fit on one half (0 or 1) of the train concepts, split by caption, and try on the held-out ones."""
+    train = [each for each in known if each.split == "train" and key(each.caption) % 2 == half]
+    held = [each for each in known if each.split == "held_out"]
+    vae = open_checkpoint(f"{SAMPLES}/tiny-sd").vae
+    x = np.concatenate([features(kind) for kind in copies(vae, [each.picture for each in train])])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
+    model.fit(x, [each.tone for each in train] * len(SPREADS))
+    right = [
+        np.mean(model.predict(features(kind)) == [each.tone for each in held])
+        for kind in copies(vae, [each.picture for each in held])
+    ]
+    return Classifier(features, model, {"drawn": float(right[0]), "decoded": float(np.mean(right[1:]))})
