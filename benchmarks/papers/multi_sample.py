@@ -37,6 +37,8 @@ PICTURES = 30
 BETA = 400.0
 TAU = 100.0
 """ipo and mipo draw βΔ to β/(2τ) = 2."""
+UNGUIDED = 1.0
+"""Guidance of the pictures whose tones are counted: at 3 all seeds of a prompt come out in one tone."""
 BIASED = ((0, 0, 0, 1, 2), (0, 0, 0, 3, 4))
 """Tones that the biased base is shown of every concept: light skin 60 %, each of the other four 10 %."""
 RATES = (0.0, 0.4, 0.2, 0.3, 0.1)
@@ -62,7 +64,7 @@ class Size:
     """Held-out captions whose style is judged."""
 
 
-FULL = Size(base_steps=150, prompts=60, pictures=10, tone_steps=60, style_steps=50, people=30, draws=8, captions=60)
+FULL = Size(base_steps=150, prompts=60, pictures=10, tone_steps=50, style_steps=35, people=30, draws=8, captions=60)
 QUICK = Size(base_steps=2, prompts=3, pictures=10, tone_steps=2, style_steps=2, people=2, draws=2, captions=2)
 
 
@@ -103,7 +105,7 @@ def settings(checkpoint: str, comparisons: Path, arm: Arm, steps: int, seed: int
         "train": {
             "steps": steps,
             "batch_size": PICTURES // (2 * arm.k),
-            "learning_rate": 5e-4,
+            "learning_rate": 6e-4,
             "warmup_steps": 5,
             "adam_eps": 1e-15,  # the losses of ipo and mipo are of order 1/τ²
             "caption_dropout": 0.2,
@@ -131,10 +133,10 @@ def align(tree: Tree, out: Path) -> dict[str, float]:
     return result["metrics"]
 
 
-def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], out: Path) -> list[Image.Image]:
+def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], out: Path, guidance: float) -> list[Image.Image]:
     """A picture per prompt and seed, prompt by prompt."""
     runs.generate(
-        source, prompts, seeds=seeds, out=out, steps=STEPS, guidance=GUIDANCE, batch_size=30, precision="bf16", progress=False
+        source, prompts, seeds=seeds, out=out, steps=STEPS, guidance=guidance, batch_size=30, precision="bf16", progress=False
     )
     names = [f"{place:05d}-{seed}.png" for place, seed in enumerate(s for _ in prompts for s in seeds)]
     return [Image.open(out / name).convert("RGB") for name in names]
@@ -158,8 +160,8 @@ def known() -> list[tones.Drawing]:
 
 @cache
 def tone_judge() -> tones.Classifier:
-    """Sees the image tower's features; fitted on the half of the train concepts that the labeller was not."""
-    return tones.fit(tones.Tower(), 1, known(), 1e-4)
+    """Sees another colour space than the labeller, and was fitted on the other half of the train concepts."""
+    return tones.fit(tones.colours("HSV", 16), 1, known())
 
 
 @cache
@@ -195,8 +197,8 @@ def labelled_pool(base: str, work: Path, size: Size) -> Tree:
     prompts = spread(captions, size.prompts)
 
     def make() -> Tree:
-        pictures = draw(base, prompts, range(100, 100 + size.pictures), work / "pool" / "pictures")
-        labeller = tones.fit(tones.colours, 0, known(), 1e-2)
+        pictures = draw(base, prompts, range(100, 100 + size.pictures), work / "pool" / "pictures", UNGUIDED)
+        labeller = tones.fit(tones.colours("RGB", 8), 0, known())
         labels, judged = labeller(pictures), tone_judge()(pictures)
         return {
             "labels": labels,
@@ -204,7 +206,7 @@ def labelled_pool(base: str, work: Path, size: Size) -> Tree:
             "agreement": sum(a == b for a, b in zip(labels, judged, strict=True)) / len(labels),
         }
 
-    figures = kept(work / "pool" / "labels.json", {"prompts": prompts, "pictures": size.pictures}, make)
+    figures = kept(work / "pool" / "labels.json", {"prompts": prompts, "pictures": size.pictures, "guidance": UNGUIDED}, make)
     return figures | {"prompts": prompts}
 
 
@@ -231,7 +233,7 @@ def judged_tones(source: str, out: Path, size: Size) -> Tree:
     """Tones and caption match of what a model draws of held-out prompts: lists of one entry per picture, prompt by prompt."""
     captions = list(dict.fromkeys(each.caption for each in known() if each.split == "held_out"))
     prompts = spread(captions, size.people)
-    pictures = draw(source, prompts, range(size.draws), out)
+    pictures = draw(source, prompts, range(size.draws), out, UNGUIDED)
     told = [prompt for prompt in prompts for _ in range(size.draws)]
     match = judges()["caption_match"].score(pictures, told).tolist()
     return {"prompts": prompts, "tones": tone_judge()(pictures), "caption_match": match}
@@ -242,7 +244,7 @@ def debias(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], N
     done("biased base")
     pool = labelled_pool(base, work, size)
     done("pool of its pictures")
-    about = {"people": size.people, "draws": size.draws}
+    about = {"people": size.people, "draws": size.draws, "guidance": UNGUIDED}
     arms = {"base": [kept(work / "base" / "figures.json", about, lambda: judged_tones(base, work / "base" / "drawn", size))]}
     for seed in seeds:
         files = tone_votes(pool, work, size, seed)
@@ -273,7 +275,7 @@ def style_pool(work: Path, size: Size) -> list[tuple[str, list[tuple[str, str]]]
     prompts, seeds = spread(list(rows), size.prompts), range(4)
     named = [f"{prompt}, {style}" for prompt in prompts for style in STYLES]
     folder = work / "styles" / "pictures"
-    draw(TINY, named, seeds, folder)
+    draw(TINY, named, seeds, folder, GUIDANCE)
     pool = []
     for number, prompt in enumerate(prompts):
         own = tuple(str((STYLE_PAIRS.parent / rows[prompt][side]).resolve()) for side in ("chosen", "rejected"))
@@ -303,7 +305,7 @@ def style_votes(pool: Sequence[tuple[str, list[tuple[str, str]]]], k: int, rate:
 
 def judged_style(source: str, out: Path, size: Size) -> Tree:
     prompts = held_out_captions(size.captions)
-    pictures = draw(source, prompts, [0], out)
+    pictures = draw(source, prompts, [0], out, GUIDANCE)
     return {name: judge.score(pictures, prompts).tolist() for name, judge in judges().items()}
 
 

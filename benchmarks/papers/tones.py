@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from flowalign.evaluate.judges import ImageTower, to_pixels
+from flowalign.evaluate.judges import to_pixels
 from flowalign.families.loading import open_checkpoint
 from flowalign.rng import key
 
@@ -25,8 +25,8 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark", "yellow")
 """Five skin tones, and the yellow that emoji have where none is asked for."""
 SPREADS = (None, 0.0, 0.25)
 """Copies of each picture: as drawn, and through the VAE with noise of this spread on its latents, whose own spread is 1."""
-SIDE = 128
 Pictures = Sequence[Image.Image]
+Features = Callable[[Pictures], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,22 @@ def copies(vae: Any, pictures: Pictures) -> list[list[Image.Image]]:
     return out
 
 
-def colours(pictures: Pictures) -> NDArray[np.float64]:
-    """`[n, 512]`: root of the share of pixels in each of 8 × 8 × 8 bins of colour."""
-    bins = np.stack([np.asarray(picture.convert("RGB")).reshape(-1, 3) // 32 @ (64, 8, 1) for picture in pictures])
-    return np.sqrt(np.stack([np.bincount(row, minlength=512) for row in bins]) / bins.shape[1])
+def colours(mode: str, bins: int) -> Features:
+    """Root of the share of pixels in each of bins³ bins of a colour space, `[n, bins³]`."""
 
+    def of(pictures: Pictures) -> NDArray[np.float64]:
+        pixels = np.stack([np.asarray(picture.convert(mode)).reshape(-1, 3) for picture in pictures]).astype(np.int64)
+        places = pixels * bins // 256 @ (bins * bins, bins, 1)
+        return np.sqrt(np.stack([np.bincount(row, minlength=bins**3) for row in places]) / places.shape[1])
 
-class Tower:
-    """Features of the judges' image tower `[n, 4192]`."""
-
-    def __init__(self) -> None:
-        self._tower = ImageTower()
-
-    def __call__(self, pictures: Pictures) -> NDArray[np.float64]:
-        parts = (self._tower(to_pixels(pictures[start : start + 32], SIDE)) for start in range(0, len(pictures), 32))
-        return torch.cat(list(parts)).double().numpy()
+    return of
 
 
 @dataclass(frozen=True)
 class Classifier:
     """A multinomial logistic regression over the tones."""
 
-    features: Callable[[Pictures], NDArray[np.float64]]
+    features: Features
     model: Pipeline
     accuracy: dict[str, float]
     """Share of held-out concepts' pictures whose tone is found: as drawn, and through the VAE."""
@@ -111,13 +105,13 @@ class Classifier:
         return self.model.predict(self.features(pictures)).tolist()
 
 
-def fit(features: Callable[[Pictures], NDArray[np.float64]], half: int, known: Sequence[Drawing], c: float) -> Classifier:
+def fit(features: Features, half: int, known: Sequence[Drawing]) -> Classifier:
     """Fit on one half (0 or 1) of the train concepts, split by caption, and try on the held-out ones."""
     train = [each for each in known if each.split == "train" and key(each.caption) % 2 == half]
     held = [each for each in known if each.split == "held_out"]
     vae = open_checkpoint(f"{SAMPLES}/tiny-sd").vae
     x = np.concatenate([features(kind) for kind in copies(vae, [each.picture for each in train])])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=300))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     model.fit(x, [each.tone for each in train] * len(SPREADS))
     right = [
         np.mean(model.predict(features(kind)) == [each.tone for each in held])

@@ -137,7 +137,7 @@ def test_colours_are_shares() -> None:
 
     half = Image.new("RGB", (4, 4), "white")
     half.paste((255, 0, 0), (0, 0, 2, 4))
-    (found,) = tones.colours([half])
+    (found,) = tones.colours("RGB", 8)([half])
     assert {int(place): found[place] for place in found.nonzero()[0]} == pytest.approx({511: 0.5**0.5, 448: 0.5**0.5})
 
 
