@@ -10,8 +10,8 @@ import torch
 
 from flowalign.rng import generator, key
 
-Sides = tuple[tuple[int, ...], tuple[int, ...]]
-"""Places of the chosen and of the rejected pictures."""
+Vote = tuple[tuple[int, ...], tuple[int, ...]]
+"""Tones of the pictures of the chosen and of the rejected group."""
 
 
 def simpson(labels: Sequence[Hashable]) -> float:
@@ -28,34 +28,31 @@ def entropy(labels: Sequence[Hashable]) -> float:
     return abs(sum(p * math.log(p) for p in shares))  # abs: no −0.0 where all are alike
 
 
-def by_index(labels: Sequence[Hashable], first: Sequence[int], second: Sequence[int]) -> Sides | None:
+def by_index(first: Sequence[int], second: Sequence[int]) -> Vote | None:
     """The group of the higher Simpson index as the chosen one; None for a tie."""
-    gap = sum(sign * simpson([labels[place] for place in group]) for sign, group in ((1, first), (-1, second)))
+    gap = simpson(first) - simpson(second)
     if abs(gap) < 1e-9:
         return None
     return (tuple(first), tuple(second)) if gap > 0 else (tuple(second), tuple(first))
 
 
-def diverse_groups(labels: Sequence[Hashable], k: int, count: int, seed: int, name: str, tries: int = 50) -> list[Sides]:
-    """Up to `count` votes between two disjoint groups of k pictures of one prompt, drawn at random, ties drawn again.
+def diversity_votes(law: Sequence[float], k: int, count: int, seed: int, name: str) -> list[Vote]:
+    """`count` votes between two groups of k pictures of one prompt, whose tones are drawn by `law`; ties are drawn again.
 
-    `labels` has one entry per picture of the prompt, at least 2k. A prompt whose pictures are all alike gives no vote.
+    Two groups of one picture are always a tie: k is at least 2.
     """
-    rng = generator(seed, f"groups of {k}: {name}")
-    votes: list[Sides] = []
-    for _ in range(tries):
-        order = torch.randperm(len(labels), generator=rng).tolist()
-        vote = by_index(labels, order[:k], order[k : 2 * k])
+    rng, votes = generator(seed, f"groups of {k}: {name}"), []
+    while len(votes) < count:
+        drawn = torch.multinomial(torch.tensor(law), 2 * k, replacement=True, generator=rng).tolist()
+        vote = by_index(drawn[:k], drawn[k:])
         if vote is not None:
             votes.append(vote)
-        if len(votes) == count:
-            break
     return votes
 
 
-def matched_pairs(votes: Sequence[Sides]) -> list[Sides]:
+def matched_pairs(votes: Sequence[Vote]) -> list[Vote]:
     """The same votes as pairs: the i-th picture of the chosen group against the i-th of the rejected one."""
-    return [((better,), (worse,)) for sides in votes for better, worse in zip(*sides, strict=True)]
+    return [((better,), (worse,)) for vote in votes for better, worse in zip(*vote, strict=True)]
 
 
 def rings(count: int, k: int) -> Iterator[tuple[int, ...]]:

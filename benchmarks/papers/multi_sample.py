@@ -40,7 +40,9 @@ TAU = 100.0
 UNGUIDED = 1.0
 """Guidance of the pictures whose tones are counted: at 3 all seeds of a prompt come out in one tone."""
 BIASED = ((0, 0, 0, 1, 2), (0, 0, 0, 3, 4))
-"""Tones that the biased base is shown of every concept: light skin 60 %, each of the other four 10 %."""
+"""Tones that the biased base is shown of every concept."""
+LAW = (0.6, 0.1, 0.1, 0.1, 0.1)
+"""Shares of the tones, light first, that BIASED shows, and by which the groups are drawn."""
 RATES = (0.0, 0.4, 0.2, 0.3, 0.1)
 Tree = dict[str, Any]
 
@@ -50,10 +52,10 @@ class Size:
     """How large the experiment is."""
 
     base_steps: int
+    concepts: int
+    """Train concepts that votes on tones are about, at most; there are about 120."""
     prompts: int
-    """Train prompts whose pictures are compared, in either experiment."""
-    pictures: int
-    """Pictures of each that the biased base draws."""
+    """Train prompts whose styles are compared."""
     tone_steps: int
     style_steps: int
     people: int
@@ -64,8 +66,8 @@ class Size:
     """Held-out captions whose style is judged."""
 
 
-FULL = Size(base_steps=150, prompts=60, pictures=10, tone_steps=50, style_steps=35, people=30, draws=8, captions=60)
-QUICK = Size(base_steps=2, prompts=3, pictures=10, tone_steps=2, style_steps=2, people=2, draws=2, captions=2)
+FULL = Size(base_steps=150, concepts=200, prompts=60, tone_steps=50, style_steps=35, people=30, draws=8, captions=60)
+QUICK = Size(base_steps=2, concepts=3, prompts=3, tone_steps=2, style_steps=2, people=2, draws=2, captions=2)
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,8 @@ def known() -> list[tones.Drawing]:
 
 
 @cache
-def tone_judge() -> tones.Classifier:
-    """Sees another colour space than the labeller, and was fitted on the other half of the train concepts."""
-    return tones.fit(tones.colours("HSV", 16), 1, known())
+def tone_judge() -> tones.ToneJudge:
+    return tones.fit_judge(known())
 
 
 @cache
@@ -169,12 +170,17 @@ def judges() -> dict[str, Any]:
     return {judge.name: judge for judge in load_judges("samples/emoji/judges")}
 
 
+def by_caption(drawings: Sequence[tones.Drawing]) -> dict[str, dict[int, str]]:
+    """Where the drawing in each tone lies, as comparison files name it."""
+    table: dict[str, dict[int, str]] = {}
+    for each in drawings:
+        table.setdefault(each.caption, {})[each.tone] = str(Path(tones.SAMPLES, each.place).resolve())
+    return table
+
+
 def biased_base(work: Path, size: Size) -> str:
     """tiny-sd with all weights trained on people in the tones of BIASED: a checkpoint."""
-    table: dict[str, dict[int, str]] = {}
-    for each in known():
-        if each.split == "train":
-            table.setdefault(each.caption, {})[each.tone] = str(Path(tones.SAMPLES, each.place).resolve())
+    table = by_caption([each for each in known() if each.split == "train"])
     yellow = tones.TONES.index("yellow")
     rows = [
         # weighted_sft learns from pictures whose score stands out: the chosen five, and not the last one.
@@ -191,39 +197,15 @@ def biased_base(work: Path, size: Size) -> str:
     return str(work / "base" / "run")
 
 
-def labelled_pool(base: str, work: Path, size: Size) -> Tree:
-    """What the base draws of train prompts, and the tone of each picture by a classifier of its own."""
-    captions = list(dict.fromkeys(each.caption for each in known() if each.split == "train"))
-    prompts = spread(captions, size.prompts)
-
-    def make() -> Tree:
-        pictures = draw(base, prompts, range(100, 100 + size.pictures), work / "pool" / "pictures", UNGUIDED)
-        labeller = tones.fit(tones.colours("RGB", 8), 0, known())
-        labels, judged = labeller(pictures), tone_judge()(pictures)
-        return {
-            "labels": labels,
-            "accuracy": {"labeller": labeller.accuracy, "judge": tone_judge().accuracy},
-            "agreement": sum(a == b for a, b in zip(labels, judged, strict=True)) / len(labels),
-        }
-
-    figures = kept(work / "pool" / "labels.json", {"prompts": prompts, "pictures": size.pictures, "guidance": UNGUIDED}, make)
-    return figures | {"prompts": prompts}
-
-
-def tone_votes(pool: Tree, work: Path, size: Size, seed: int) -> dict[int, Path]:
-    """Comparison files for k = 1, 3, 5. Pairs are those of the groups of 5; all files name about as many pictures."""
+def tone_votes(work: Path, size: Size, seed: int) -> dict[int, Path]:
+    """Comparison files for k = 1, 3, 5, which name equally many pictures. Pairs are those of the groups of 5."""
     rows: dict[int, list[Tree]] = {1: [], 3: [], 5: []}
-    for number, prompt in enumerate(pool["prompts"]):
-        labels = pool["labels"][number * size.pictures : (number + 1) * size.pictures]
-        names = [
-            str((work / "pool" / "pictures" / f"{number * size.pictures + place:05d}-{100 + place}.png").resolve())
-            for place in range(size.pictures)
-        ]
-        votes = {k: groups.diverse_groups(labels, k, 30 // k, seed, prompt) for k in (3, 5)}
+    for prompt, places in list(by_caption([each for each in known() if each.voted_on]).items())[: size.concepts]:
+        votes = {k: groups.diversity_votes(LAW, k, 30 // k, seed, prompt) for k in (3, 5)}
         votes[1] = groups.matched_pairs(votes[5])
         for k, sides in votes.items():
             rows[k] += [
-                {"prompt": prompt, "chosen": [names[i] for i in chosen], "rejected": [names[i] for i in rejected]}
+                {"prompt": prompt, "chosen": [places[tone] for tone in chosen], "rejected": [places[tone] for tone in rejected]}
                 for chosen, rejected in sides
             ]
     return {k: write_rows(work / f"tones-{k}-{seed}.jsonl", each) for k, each in rows.items()}
@@ -242,15 +224,14 @@ def judged_tones(source: str, out: Path, size: Size) -> Tree:
 def debias(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], None]) -> Tree:
     base = biased_base(work, size)
     done("biased base")
-    pool = labelled_pool(base, work, size)
-    done("pool of its pictures")
     about = {"people": size.people, "draws": size.draws, "guidance": UNGUIDED}
     arms = {"base": [kept(work / "base" / "figures.json", about, lambda: judged_tones(base, work / "base" / "drawn", size))]}
     for seed in seeds:
-        files = tone_votes(pool, work, size, seed)
+        files = tone_votes(work, size, seed)
         for arm in DEBIAS:
             folder = work / "tones" / f"{arm.name}-{seed}"
             tree = settings(base, files[arm.k], arm, size.tone_steps, seed, work)
+            tree["train"] |= {"timestep_range": [0.5, 1.0]}  # where a tone is decided
 
             def make(tree: Tree = tree, folder: Path = folder) -> Tree:
                 learned = align(tree, folder / "run")
@@ -258,7 +239,7 @@ def debias(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], N
 
             arms.setdefault(arm.name, []).append(kept(folder / "figures.json", tree | about, make))
             done(f"{arm.name}, seed {seed}: index {mean_index(arms[arm.name][-1], size.draws):.3f}")
-    return {"pool": pool, "arms": arms, "draws": size.draws}
+    return {"judge": tone_judge().accuracy, "arms": arms, "draws": size.draws}
 
 
 def mean_index(figures: Tree, draws: int) -> float:

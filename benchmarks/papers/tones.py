@@ -1,9 +1,9 @@
-"""Who looks at skin tones: two classifiers that share neither pictures nor features, one for training and one as the judge."""
+"""The drawings of people in five skin tones, and the judge of tones, which sees other concepts than the votes are about."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark", "yellow")
 SPREADS = (None, 0.0, 0.25)
 """Copies of each picture: as drawn, and through the VAE with noise of this spread on its latents, whose own spread is 1."""
 Pictures = Sequence[Image.Image]
-Features = Callable[[Pictures], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class Drawing:
     tone: int
     """Place in TONES."""
     picture: Image.Image
+
+    @property
+    def voted_on(self) -> bool:
+        """Whether votes are about this concept: half of the train ones, by caption."""
+        return self.split == "train" and key(self.caption) % 2 == 0
 
 
 def drawings() -> list[Drawing]:
@@ -80,41 +84,36 @@ def copies(vae: Any, pictures: Pictures) -> list[list[Image.Image]]:
     return out
 
 
-def colours(mode: str, bins: int) -> Features:
-    """Root of the share of pixels in each of bins³ bins of a colour space, `[n, bins³]`."""
-
-    def of(pictures: Pictures) -> NDArray[np.float64]:
-        pixels = np.stack([np.asarray(picture.convert(mode)).reshape(-1, 3) for picture in pictures]).astype(np.int64)
-        places = pixels * bins // 256 @ (bins * bins, bins, 1)
-        return np.sqrt(np.stack([np.bincount(row, minlength=bins**3) for row in places]) / places.shape[1])
-
-    return of
+def colours(pictures: Pictures) -> NDArray[np.float64]:
+    """Root of the share of pixels in each of 16³ bins of hue, saturation and value, `[n, 4096]`."""
+    pixels = np.stack([np.asarray(picture.convert("HSV")).reshape(-1, 3) for picture in pictures]).astype(np.int64)
+    places = pixels // 16 @ (256, 16, 1)
+    return np.sqrt(np.stack([np.bincount(row, minlength=4096) for row in places]) / places.shape[1])
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A multinomial logistic regression over the tones."""
+class ToneJudge:
+    """A multinomial logistic regression over the tones, on colours."""
 
-    features: Features
     model: Pipeline
     accuracy: dict[str, float]
     """Share of held-out concepts' pictures whose tone is found: as drawn, and through the VAE."""
 
     def __call__(self, pictures: Pictures) -> list[int]:
         """Places in TONES."""
-        return self.model.predict(self.features(pictures)).tolist()
+        return self.model.predict(colours(pictures)).tolist()
 
 
-def fit(features: Features, half: int, known: Sequence[Drawing]) -> Classifier:
-    """Fit on one half (0 or 1) of the train concepts, split by caption, and try on the held-out ones."""
-    train = [each for each in known if each.split == "train" and key(each.caption) % 2 == half]
+def fit_judge(known: Sequence[Drawing]) -> ToneJudge:
+    """Fit on the train concepts that no vote is about, in all their copies, and try on the held-out ones."""
+    train = [each for each in known if each.split == "train" and not each.voted_on]
     held = [each for each in known if each.split == "held_out"]
     vae = open_checkpoint(f"{SAMPLES}/tiny-sd").vae
-    x = np.concatenate([features(kind) for kind in copies(vae, [each.picture for each in train])])
+    x = np.concatenate([colours(kind) for kind in copies(vae, [each.picture for each in train])])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
     model.fit(x, [each.tone for each in train] * len(SPREADS))
     right = [
-        np.mean(model.predict(features(kind)) == [each.tone for each in held])
+        np.mean(model.predict(colours(kind)) == [each.tone for each in held])
         for kind in copies(vae, [each.picture for each in held])
     ]
-    return Classifier(features, model, {"drawn": float(right[0]), "decoded": float(np.mean(right[1:]))})
+    return ToneJudge(model, {"drawn": float(right[0]), "decoded": float(np.mean(right[1:]))})
