@@ -34,9 +34,9 @@ HELD_OUT_PAIRS = "samples/emoji/preferences/fluent_over_noto-held_out.jsonl"
 STYLES = ("3d fluent emoji", "flat noto emoji")  # how tiny-sd was told the style while it was pretrained
 PICTURES = 30
 """Pictures in a step, in whatever groups they come: 15 pairs, 5 groups of 3 against 3, or 3 of 5 against 5."""
-BETA = 400.0
-TAU = 100.0
-"""ipo and mipo draw βΔ to β/(2τ) = 2."""
+TONE_BETA, STYLE_BETA = 2000.0, 400.0
+TAU = 150.0
+"""ipo and mipo draw Δ to 1/(2τ) = 0.0033, which is about where mdpo with 5 against 5 arrives."""
 UNGUIDED = 1.0
 """Guidance of the pictures whose tones are counted: at 3 all seeds of a prompt come out in one tone."""
 BIASED = ((0, 0, 0, 1, 2), (0, 0, 0, 3, 4))
@@ -66,7 +66,7 @@ class Size:
     """Held-out captions whose style is judged."""
 
 
-FULL = Size(base_steps=150, concepts=200, prompts=60, tone_steps=50, style_steps=35, people=30, draws=8, captions=60)
+FULL = Size(base_steps=150, concepts=200, prompts=60, tone_steps=30, style_steps=35, people=30, draws=8, captions=60)
 QUICK = Size(base_steps=2, concepts=3, prompts=3, tone_steps=2, style_steps=2, people=2, draws=2, captions=2)
 
 
@@ -80,14 +80,14 @@ class Arm:
 
 
 DEBIAS = (
-    Arm("dpo", {"name": "dpo", "beta": BETA}, 1),
+    Arm("dpo", {"name": "dpo", "beta": TONE_BETA}, 1),
     Arm("ipo", {"name": "ipo", "tau": TAU}, 1),
-    Arm("mdpo-3", {"name": "mdpo", "beta": BETA}, 3),
-    Arm("mdpo-5", {"name": "mdpo", "beta": BETA}, 5),
+    Arm("mdpo-3", {"name": "mdpo", "beta": TONE_BETA}, 3),
+    Arm("mdpo-5", {"name": "mdpo", "beta": TONE_BETA}, 5),
     Arm("mipo-3", {"name": "mipo", "tau": TAU}, 3),
     Arm("mipo-5", {"name": "mipo", "tau": TAU}, 5),
     Arm("mipo-5-plug_in", {"name": "mipo", "tau": TAU, "estimator": "plug_in"}, 5),
-    Arm("all_pairs-5", {"name": "all_pairs", "beta": BETA}, 5),
+    Arm("all_pairs-5", {"name": "all_pairs", "beta": TONE_BETA}, 5),
 )
 
 
@@ -231,7 +231,7 @@ def debias(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], N
         for arm in DEBIAS:
             folder = work / "tones" / f"{arm.name}-{seed}"
             tree = settings(base, files[arm.k], arm, size.tone_steps, seed, work)
-            tree["train"] |= {"timestep_range": [0.5, 1.0]}  # where a tone is decided
+            tree["train"] |= {"timestep_range": [0.5, 1.0], "learning_rate": 3e-4}  # the times at which a tone is decided
 
             def make(tree: Tree = tree, folder: Path = folder) -> Tree:
                 learned = align(tree, folder / "run")
@@ -302,7 +302,7 @@ def label_noise(work: Path, size: Size, seeds: Sequence[int], done: Callable[[st
             name = f"k{k}-{rate:.1f}{'-whole' if whole else ''}-{seed}"
             folder = work / "styles" / name
             path = write_rows(work / "styles" / f"{name}.jsonl", style_votes(pool, k, rate, seed, whole))
-            arm = Arm(name, {"name": "dpo" if k == 1 else "mdpo", "beta": BETA}, k)
+            arm = Arm(name, {"name": "dpo" if k == 1 else "mdpo", "beta": STYLE_BETA}, k)
             tree = settings(TINY, path, arm, size.style_steps, seed, work)
             tree["data"] |= {"validation": HELD_OUT_PAIRS}
 
