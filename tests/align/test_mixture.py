@@ -341,7 +341,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_had(
         "switches.annotator_every=3",
         "switches.annotator_first=0",
     )
-    small = ("train.save_every=2", "train.learning_rate=1e-2")
+    small = ("train.save_every=2", "train.validate_every=2", "train.learning_rate=1e-2")  # a run validates at its end too
     runs.align(settings(tmp_path / "whole", *common, *small, "train.steps=6"), progress=False)
     runs.align(settings(tmp_path / "parts", *common, *small, "train.steps=4"), progress=False)
     runs.align(settings(tmp_path / "parts", *common, *small, "train.steps=6"), resume=True, progress=False)
