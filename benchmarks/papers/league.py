@@ -100,8 +100,8 @@ def graded(folder: Path) -> dict[str, str]:
 
 
 def interval(estimate: Any, digits: int) -> str:
-    """A value with its interval."""
-    sign = "+" if estimate.low < 0 else ""
+    """A value with its interval; a difference has its sign."""
+    sign = "+" if digits > 2 else ""
     return f"{estimate.value:{sign}.{digits}f} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
 
 
@@ -139,6 +139,24 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Winner's error against style, both beside dpo's: what is better in both lies at the upper left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6.5), layout="constrained")
+    for name, each in found.items():
+        x, y = each["winner_less"].value, each["duel"].value
+        axes.plot(x, y, "o", markersize=4, color="tab:green" if each["beats_dpo"] else "tab:gray")
+        axes.annotate(name, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7)
+    axes.axhline(0.5, color="black", linewidth=0.6)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(xlabel="winner's error − dpo's", ylabel="style win rate over dpo")
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/league"))
@@ -159,6 +177,7 @@ def main() -> None:
     print("\n".join([HEAD, *table]))
     if options.page:
         write_between(options.page, "league", [HEAD, *table])
+        plot(found, options.page.with_name("league.png"))
 
 
 if __name__ == "__main__":
