@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 """TR-DPO replaces its reference three times before the end."""
 CLAIMS = (("ε-DPO", "DPO"), ("DPO", "TR-DPO"), ("ε-DPO", "TR-DPO"), ("β-DPO", "DPO"))
 RESAMPLES, LEVELS = 2000, 5
+TICKS = (0.003, 0.006, 0.01, 0.02, 0.04)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def plot(found: Mapping[str, Frontier], path: Path) -> None:
             each.drift[order], each.rewards.mean(1)[order], 1.96 * error[order], fmt=look, label=name, capsize=2, markersize=5
         )
     axes.set(xscale="log", xlabel="drift from the base on held-out pairs", ylabel="style score of held-out captions")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
