@@ -3,7 +3,7 @@
     python -m benchmarks.papers.multi_sample [--work runs/multi_sample] [--seeds 0] [--quick]
 
 What is finished in --work is kept: a call that was stopped goes on where it was. Figures go to docs/results, or with
---quick, which is a smoke test, into --work. Written up in docs/results/multi_sample.md.
+--quick, which is a smoke test, into --work.
 """
 
 from __future__ import annotations
