@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from flowalign import plugins
+from flowalign.align.reference import second
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import Family
 from flowalign.families.latent import compute_dtype
-from flowalign.families.loading import LoraRun, add_lora, detect_family, digest, find_lora
+from flowalign.families.loading import add_lora, detect_family, digest, find_lora
 from flowalign.settings import Model, Reference
 
 SHAPES = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "cap_feat_dim")
@@ -107,7 +107,10 @@ def open_merged(settings: Reference, model: Model, family: Family, *, outline: b
             based = (str(Path(run.base).expanduser()), run.revision, run.variant)
         shared = based == own
         denoiser = family.denoiser if shared else _open(checkpoint, based, family, outline)
-        denoisers.append(_with_lora(denoiser, run, family) if run is not None else denoiser)
+        if run is not None:
+            denoiser = second(denoiser)
+            add_lora(denoiser, run, family.component)
+        denoisers.append(denoiser)
     fingerprints = [] if outline else [digest(each) for each in denoisers]
     return Merged([each.requires_grad_(False).eval() for each in denoisers], settings, fingerprints)
 
@@ -137,14 +140,6 @@ def _open(checkpoint: str, based: tuple[str, str | None, str | None], family: Fa
             "schedule than the model, so their predictions cannot be merged; name checkpoints of one kind."
         )
     return other.denoiser.to(next(family.denoiser.parameters()).device)
-
-
-def _with_lora(denoiser: nn.Module, run: LoraRun, family: Family) -> nn.Module:
-    """A second module over the same tensors, with the run's adapter on."""
-    memo = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-    adapted = copy.deepcopy(denoiser, memo)
-    add_lora(adapted, run, family.component)
-    return adapted
 
 
 def _same_noise(one: Family, other: Family) -> bool:

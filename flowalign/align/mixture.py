@@ -5,7 +5,6 @@ EM-DPO, Chidambaram et al. 2024, arXiv 2405.15065, see docs/methods/em_dpo.md.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from flowalign.align.bank import ReferenceBank
+from flowalign.align.reference import second
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cached import Cached
@@ -176,9 +176,7 @@ def of_types(policy: nn.Module, count: int) -> nn.Module:
     """The policy, or so many over the same tensors; none of them has adapters yet."""
     if count == 1:
         return policy
-    kept = [*policy.parameters(), *policy.buffers()]
-    others = [copy.deepcopy(policy, {id(tensor): tensor for tensor in kept}) for _ in range(count - 1)]
-    return Types([policy, *others])
+    return Types([policy, *(second(policy) for _ in range(count - 1))])
 
 
 def by_type(policy: nn.Module) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from flowalign.settings import Reference
 
 MOVING = ("ema", "refresh")
 """Kinds of reference that follow the policy."""
+
+
+def second(module: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
+    """A copy of a module over the same `shared` tensors, by default all of its parameters and buffers."""
+    kept = (*module.parameters(), *module.buffers()) if shared is None else shared
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
 
 
 def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool = False) -> tuple[nn.Module, nn.Module | None]:
@@ -42,8 +48,7 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
     if banked and not lora:
         return denoiser, None
     share = lora and kind != "copy"
-    memo = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())} if share else {}
-    policy = copy.deepcopy(denoiser, memo)
+    policy = second(denoiser) if share else copy.deepcopy(denoiser)
     return policy, None if banked and kind == "merged" else denoiser
 
 
@@ -81,8 +86,7 @@ def following(policy: nn.Module, frozen: nn.Module, settings: Reference, *, lora
     """
     reference = frozen
     if lora:
-        kept = (tensor for tensor in (*policy.parameters(), *policy.buffers()) if not tensor.requires_grad)
-        reference = copy.deepcopy(policy, {id(tensor): tensor for tensor in kept})
+        reference = second(policy, [each for each in (*policy.parameters(), *policy.buffers()) if not each.requires_grad])
         reference.requires_grad_(False)
     learned = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     return reference, Following(learned, dict(reference.named_parameters()), settings)

@@ -66,8 +66,8 @@ class PreferenceStep:
         num_chosen: of the comparisons held out, where it may be another than that of training.
         """
         honest = self.switches.model_copy(update={"label_noise": 0.0})
-        plain = replace(self, timesteps="stratified", between=(0.0, 1.0), importance=None, bank=bank, switches=honest)
-        return replace(plain, num_chosen=num_chosen or self.num_chosen)
+        even = dict(timesteps="stratified", between=(0.0, 1.0), importance=None)
+        return replace(self, **even, bank=bank, switches=honest, num_chosen=num_chosen or self.num_chosen)
 
     def noised(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, target, t) with x_t and target `[B·N, C, h, w]`, t `[B·N]`; the pictures of a comparison share all draws.

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,12 @@ def spread(settings: Make, output: Path, processes: int, *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def two(settings: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def two(settings: Make, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Path, str]:
     """Two processes: a run left alone (run-apart), one with two configurations, one that lost a process and went on."""
     folder = tmp_path_factory.mktemp("two")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     codes, said = forks("apart,unlike,lost,keep,ranks", spread(settings, folder / "run", 2), folder, 2, free_port())
     assert codes == {"apart": 0, "unlike": 1, "lost": 1, "keep": 0, "ranks": 0}, said
-    yield folder, said
-    torch.set_num_threads(before)
+    return folder, said
 
 
 def test_two_processes_are_one_with_twice_the_batch(settings: Make, two: tuple[Path, str], tmp_path: Path) -> None:
@@ -57,14 +54,12 @@ def test_two_processes_are_one_with_twice_the_batch(settings: Make, two: tuple[P
     assert max(tensor.abs().max() for name, tensor in one.items() if "lora_B" in name) > 3e-4
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     chunked = spread(settings, tmp_path / "run", 2, "train.backward=chunked", "train.chunk=1")
     codes, said = forks("ranks", chunked, tmp_path, 2, free_port())
     assert codes == {"ranks": 0}, said
     runs.align(spread(settings, tmp_path / "one", 1), progress=False)
-    torch.set_num_threads(before)
     one, both = (load_file(tmp_path / name / "weights" / FILES["lora"]) for name in ("one", "run"))
     for name, tensor in one.items():
         torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-6)

@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,13 +33,7 @@ SIGNS = ("train/rewards/accuracies", *(f"eval/rewards/accuracies{part}" for part
 Make = Callable[..., Config]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """As in the processes that forks.py makes: sums must be added in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
