@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from flowalign import cli, config, runs
 from flowalign.errors import DataError
+from flowalign.runs import pictures
 from flowalign.settings import Config
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -183,7 +184,7 @@ class Brightness:
 @pytest.fixture
 def brightness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands where a judge folder is loaded; all else is real."""
-    monkeypatch.setattr(runs, "load_judges", lambda folder, device: [Brightness()])
+    monkeypatch.setattr(pictures, "load_judges", lambda folder, device: [Brightness()])
 
 
 def generated(folder: Path, shade: int, **settings: Any) -> Path:

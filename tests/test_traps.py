@@ -21,8 +21,10 @@ from torch import Tensor
 from flowalign import config, runs
 from flowalign.evaluate.guard import TIMES
 from flowalign.rng import Keyed
+from flowalign.runs import training
 from flowalign.settings import Config
 from flowalign.setup import Prepared
+from flowalign.watch import validation
 from tests.conftest import schedulers, tiny_pipeline
 from tests.families.conftest import sdxl
 
@@ -133,13 +135,13 @@ def test_a_resume_holds_the_policy_against_the_pretrained_model(
     runs.align(settings(tmp_path / "whole", *common, "train.steps=4"), progress=False)
     runs.align(settings(tmp_path / "run", *common, "train.steps=2"), progress=False)
     resumed: list[Prepared] = []
-    train = runs._train
+    train = training._train
 
     def record(config: Config, ready: Prepared, *rest: Any) -> Any:
         resumed.append(ready)
         return train(config, ready, *rest)
 
-    monkeypatch.setattr(runs, "_train", record)
+    monkeypatch.setattr(training, "_train", record)
     runs.align(settings(tmp_path / "run", *common, "train.steps=4"), resume=True, progress=False)
     pretrained = UNet2DConditionModel.from_pretrained(folders["epsilon"], subfolder="unet").state_dict()
     kept = resumed[0].step.reference.state_dict()
@@ -172,7 +174,7 @@ def test_times_follow_the_length_of_the_checkpoints_own_schedule(prepared: Make,
         assert 44 <= times.max() <= 49
         if timesteps == "stratified":
             assert set(times.tolist()) == set(range(50))
-    metrics = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    metrics = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert metrics["rewards/margins"] == 0
     assert {name: value for name, value in metrics.items() if "/t" in name} == {
         f"rewards/{name}/{label}": value for name, value in (("margins", 0.0), ("accuracies", 0.5)) for label in TIMES

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flowalign import runs
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
+from flowalign.watch import validation
 
 Make = Callable[..., Prepared]
 
@@ -63,7 +63,7 @@ def test_validation_between_steps_makes_no_graph_anew(prepared: Make, monkeypatc
     def work(position: int) -> None:
         train(ready, position)
         ready.model.eval()
-        runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+        validation(ready.step, ready.held_out, ready.config, ready.accelerator)
 
     work(0)
     made = counters["stats"]["unique_graphs"]

@@ -25,6 +25,7 @@ from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
+from flowalign.watch import validation
 from tests.conftest import schedulers
 from tests.families.conftest import sd3
 
@@ -193,7 +194,7 @@ def test_a_bank_holds_the_noise_and_trains_as_without(prepared: Make, tmp_path: 
         stored, found = (step.terms(batch, Keyed(0)).reference_error for step in (ready.step, live.step))
         torch.testing.assert_close(stored, found, rtol=1e-4, atol=1e-5)
     assert len(told) == 3  # the policy alone, which is the checkpoint's own module
-    assert runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator, ready.held_out_bank)["loss"] > 0
+    assert validation(ready.step, ready.held_out, ready.config, ready.accelerator, ready.held_out_bank)["loss"] > 0
 
     def ran(self: PreferenceStep, batch: Batch, rng: Keyed) -> Any:
         raise RuntimeError("the reference ran")

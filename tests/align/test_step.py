@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from flowalign import runs
 from flowalign.align.terms import Terms
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import fixed_draws
@@ -23,6 +22,7 @@ from flowalign.errors import ConfigError, SelfTestError
 from flowalign.rng import Keyed
 from flowalign.setup import Prepared
 from flowalign.train.trainable import trained
+from flowalign.watch import validation
 from tests.align.test_objective_steps import table
 
 Make = Callable[..., Prepared]
@@ -283,7 +283,7 @@ def test_an_equal_margin_is_half_a_win(prepared: Make) -> None:
     ready = prepared("train.batch_size=6")
     _, metrics = ready.step(ready.first_batch(), Keyed(0))
     assert metrics["rewards/accuracies"].tolist() == [0.5] * 6
-    found = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    found = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert found["rewards/accuracies"] == 0.5
 
 
@@ -299,7 +299,7 @@ def test_ties_take_no_part_in_the_held_out_accuracy(prepared: Make, votes: Path,
         path.write_text("".join(json.dumps(row) + "\n" for row in lines))
         ready = prepared(f"data.validation={path}", "objective.beta=50000.0")  # so far from 0 that losses tell pairs apart
         perturb(ready)
-        found[name] = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+        found[name] = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert 0 < found["decided"]["rewards/accuracies"] < 1
     assert found["with ties"]["rewards/accuracies"] == pytest.approx(found["decided"]["rewards/accuracies"], abs=1e-6)
     assert found["with ties"]["loss"] != pytest.approx(found["decided"]["loss"], rel=1e-2)
@@ -324,7 +324,7 @@ def test_a_run_on_groups_measures_held_out_pairs_as_a_run_on_pairs_does(prepared
         ready = prepared(f"objective={{name: {name}, beta: 50000.0}}", f"data.train={train}")
         perturb(ready)
         assert ready.step.num_chosen == chosen
-        found[name] = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+        found[name] = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert 0 < found["dpo"]["rewards/accuracies"] < 1
     assert found["mdpo"] == pytest.approx(found["dpo"], rel=1e-4)
 
@@ -356,7 +356,7 @@ def test_the_errors_of_winners_are_those_of_chosen_or_wanted_pictures(prepared: 
 def test_held_out_margins_by_time_are_means_over_those_times(prepared: Make) -> None:
     ready = prepared("train.validation_draws=4", "train.batch_size=5")
     perturb(ready)
-    found = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    found = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     step, rng = ready.step.on_held_out(), Keyed(1)
     times, margins = [], []
     with torch.no_grad():
@@ -374,9 +374,9 @@ def test_held_out_margins_by_time_are_means_over_those_times(prepared: Make) -> 
 def test_validation_is_the_same_at_each_call_and_for_each_batch_size(prepared: Make) -> None:
     ready = prepared("train.validation_draws=2")
     perturb(ready)
-    first = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
-    assert runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator) == first
+    first = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    assert validation(ready.step, ready.held_out, ready.config, ready.accelerator) == first
     other = prepared("train.validation_draws=2", "train.batch_size=5")
     perturb(other)
-    second = runs.validation(other.step, other.held_out, other.config, other.accelerator)
+    second = validation(other.step, other.held_out, other.config, other.accelerator)
     assert second == pytest.approx(first, rel=1e-3, abs=1e-5)

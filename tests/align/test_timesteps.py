@@ -30,6 +30,7 @@ from flowalign.settings import Config
 from flowalign.setup import Prepared
 from flowalign.train.checkpoint import states
 from flowalign.train.trainable import trained
+from flowalign.watch import validation
 
 Make = Callable[..., Prepared]
 LEARNING = "train.timesteps=importance"
@@ -274,9 +275,9 @@ def test_validation_neither_follows_nor_feeds_what_is_learned(prepared: Make) ->
     ready = prepared(LEARNING)
     importance = ready.step.importance
     assert importance is not None
-    before = runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator)
+    before = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     importance.probability.copy_(learned(lambda u: (5 * u).exp()).probability)
-    assert runs.validation(ready.step, ready.held_out, ready.config, ready.accelerator) == before
+    assert validation(ready.step, ready.held_out, ready.config, ready.accelerator) == before
     with torch.no_grad():
         ready.step(ready.first_batch(), Keyed(0))
     assert not importance.seen.any()

@@ -20,6 +20,7 @@ import torch
 
 from flowalign import config, runs
 from flowalign.align.step import PreferenceStep
+from flowalign.runs import training
 
 torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
@@ -98,7 +99,7 @@ def hung(settings: config.Config, count: int, port: int) -> int:
 
     def before(index: int) -> None:
         if index == count - 1:
-            runs._train = lambda *_: time.sleep(30) or os._exit(0)  # type: ignore[func-returns-value]
+            training._train = lambda *_: time.sleep(30) or os._exit(0)  # type: ignore[func-returns-value]
 
     return ranks(settings, count, port, before)
 

@@ -106,7 +106,7 @@ def test_a_resume_with_another_number_of_comparisons_a_step_is_refused(settings:
 
 def launched(command: list[str], settings: Config, folder: Path) -> None:
     (folder / "config.yaml").write_text(config.dump(settings))
-    environment = os.environ | {"PYTHONPATH": str(Path(runs.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(runs.__file__).parents[2])}
     last = ["-m", "flowalign", "align", str(folder / "config.yaml"), "--json"]
     done = subprocess.run([*command, *last], capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -75,7 +75,7 @@ def forks(names: str, settings: Config, folder: Path, *numbers: int) -> tuple[di
     """Exit codes of the commands of forks.py with these names, and what they printed."""
     (folder / "forks.yaml").write_text(config.dump(settings))
     command = [sys.executable, str(FORKS), names, str(folder / "forks.yaml"), *map(str, numbers)]
-    paths = [str(Path(runs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(runs.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env=os.environ | {"PYTHONPATH": ":".join(paths)}
     )

@@ -1,11 +1,7 @@
-"""The composition root: every command is one function here, and this is the one place where the parts meet.
-
-All functions return values that can be written as JSON, with a `summary` for people.
-"""
+"""Verbs that train, or say what training would take."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,33 +12,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
 from flowalign import probe
 from flowalign.data.pairs import sequential
-from flowalign.device import choose_device, make_accelerator
-from flowalign.errors import CheckpointError, CollapseError, ConfigError
-from flowalign.evaluate.compare import evaluate_folders
+from flowalign.device import make_accelerator
+from flowalign.errors import CollapseError, ConfigError
 from flowalign.evaluate.guard import guard_report
-from flowalign.evaluate.judges import load_judges
-from flowalign.families.loading import LORA, open_checkpoint
-from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
-from flowalign.files import atomic, write_text
+from flowalign.files import write_text
 from flowalign.plan.gpus import EFFICIENCY
 from flowalign.plan.page import page
 from flowalign.plan.predict import predict
-from flowalign.report.card import write_card
-from flowalign.report.page import read_lines, write_report
+from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
+from flowalign.runs.folders import report
 from flowalign.settings import Config
 from flowalign.setup import Prepared, prepare
-from flowalign.sources import cache_folder
 from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
-from flowalign.train.trainable import kohya, trained
+from flowalign.train.trainable import trained
 from flowalign.watch import Recorder, draw_samples, ended, sample_prompts, validation, write_weights
 
 
@@ -190,95 +180,10 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
     ready.ranks.wait()
 
 
-def generate(
-    checkpoint: str,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[int] = (0,),
-    out: Path = Path("runs/generate"),
-    steps: int = 25,
-    guidance: float = 5.0,
-    batch_size: int = 16,
-    sampler: str = "default",
-    precision: str = "fp32",
-    device: str = "auto",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again."""
-    settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
-    pipeline = open_checkpoint(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
-    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    paths = write_images(
-        out, pipeline, [p for p, _ in wanted], [s for _, s in wanted], settings, batch_size=batch_size, progress=progress
-    )
-    return {"out": str(out), "pictures": len(paths), "summary": f"{len(paths)} pictures in {out}"}
-
-
-def evaluate(
-    base: str,
-    aligned: str,
-    prompts: Sequence[str],
-    *,
-    judges: Path | None = None,
-    seeds: Sequence[int] = (0,),
-    out: Path = Path("runs/evaluate"),
-    steps: int = 25,
-    guidance: float = 5.0,
-    batch_size: int = 16,
-    sampler: str = "default",
-    precision: str = "fp32",
-    device: str = "auto",
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Compare two generators on the same prompts and seeds; `out` gets pictures, `evaluation.json` and `report.html`.
-
-    `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote. `judges` may be left
-    out where `aligned` is a run whose configuration names them.
-    """
-    judge_folder = judges or _judges_of(aligned)
-    chosen = load_judges(judge_folder, choose_device(device))
-    folders = []
-    for side, source in (("base", base), ("aligned", aligned)):
-        if (Path(source) / "metadata.jsonl").is_file():
-            folders.append(Path(source))
-            continue
-        folder = out / "evaluation" / side
-        generate(
-            source,
-            prompts,
-            seeds=seeds,
-            out=folder,
-            steps=steps,
-            guidance=guidance,
-            batch_size=batch_size,
-            sampler=sampler,
-            precision=precision,
-            device=device,
-            progress=progress,
-        )
-        folders.append(folder)
-    result = evaluate_folders(folders[0], folders[1], chosen, progress=progress)
-    write_text(out / "evaluation" / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    page = report(out)["report"]
-    lines = [
-        f"{name}: aligned wins {found['win_rate']['value']:.1%} "
-        f"[{found['win_rate']['low']:.1%}, {found['win_rate']['high']:.1%}], "
-        f"mean {found['base']['mean']:.3f} -> {found['aligned']['mean']:.3f}"
-        for name, found in result["judges"].items()
-    ]
-    return {key: value for key, value in result.items() if key != "rows"} | {
-        "out": str(out),
-        "report": page,
-        "summary": "\n".join([*lines, f"report: {page}"]),
-    }
-
-
-def _judges_of(aligned: str) -> Path:
-    path = Path(aligned) / "config.yaml"
-    folder = configuration.load(path).judges if path.is_file() else None
-    if folder is None:
-        raise ConfigError(f"no judges are given and {aligned} names none; add --judges FOLDER, such as samples/emoji/judges.")
-    return Path(folder)
+def _last_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The newest value of every metric."""
+    out = {name: value for line in lines for name, value in line.items()}
+    return {name: value for name, value in out.items() if not name.startswith("guard/")}
 
 
 def plan(
@@ -298,53 +203,3 @@ def suggest_beta(
         found = probe.suggest(config, accelerator, steps=steps, target=target, progress=progress)
     said = f"{probe.table(found)}\n\nuse it: --set objective.beta={probe.rounded(found['beta']):g}"
     return found | {"summary": said if accelerator.is_main_process else None}
-
-
-def report(run: Path) -> dict[str, Any]:
-    """Write the run's page, and the model card beside its weights, from what its folder holds."""
-    path = write_report(run)
-    if (run / "weights").is_dir():
-        write_card(run)
-    return {"report": str(path), "summary": f"report: {path}"}
-
-
-def export_kohya(run: Path, out: Path | None = None) -> dict[str, Any]:
-    """Write a run's LoRA as one file in kohya's format, for A1111 and ComfyUI. Raises CheckpointError."""
-    source = run / "weights" / LORA
-    if not source.is_file():
-        raise CheckpointError(f"{run} holds no weights/{LORA}; give the folder of a finished LoRA run.")
-    settings = configuration.load(run / "config.yaml").trainable
-    path = out or run / "weights" / "kohya.safetensors"
-    alpha = settings.rank if settings.alpha is None else settings.alpha
-    with atomic(path) as temporary:
-        save_file(kohya(load_file(source), alpha / settings.rank), temporary)
-    return {"file": str(path), "summary": f"LoRA in kohya's format: {path}"}
-
-
-def cache_list(folder: Path | None) -> dict[str, Any]:
-    """What the cache of latents and conditioning holds, per encoder."""
-    from flowalign.data.cache import usage
-
-    path = cache_folder(folder)
-    found = usage(path)
-    lines = [
-        f"{store['store']}: {store['entries']} entries, {store['bytes'] / 2**20:.1f} MiB, {store['checkpoint']}"
-        for store in found["stores"]
-    ]
-    lines.append(f"{path}: {found['entries']} entries, {found['bytes'] / 2**20:.1f} MiB")
-    return {"folder": str(path), **found, "summary": "\n".join(lines)}
-
-
-def cache_clear(folder: Path | None, fingerprint: str | None) -> dict[str, Any]:
-    """Delete cached latents and conditioning, of one encoder or of all."""
-    from flowalign.data.cache import clear
-
-    path = cache_folder(folder)
-    freed = clear(path, fingerprint)
-    return {"folder": str(path), "freed": freed, "summary": f"{freed / 2**20:.1f} MiB freed in {path}"}
-
-
-def _last_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The newest value of every metric."""
-    out = {name: value for line in lines for name, value in line.items()}
-    return {name: value for name, value in out.items() if not name.startswith("guard/")}

@@ -1,0 +1,58 @@
+"""Commands that draw pictures, compare them, and show them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowalign.cli.arguments import (
+    Command,
+    add_sampling,
+    read_prompts,
+    sampling,
+)
+
+
+def add(command: Command) -> None:
+    generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder")
+    add_sampling(generate, Path("runs/generate"))
+
+    evaluate = command("evaluate", _evaluate, "Compare two models picture by picture: win rates with intervals.")
+    for name in ("base", "aligned"):
+        evaluate.add_argument(name, metavar=name.upper(), help="a checkpoint, a run folder or a folder that generate wrote")
+    evaluate.add_argument("--judges", type=Path, metavar="DIR", help="folder of judges; by default those of the run")
+    add_sampling(evaluate, Path("runs/evaluate"))
+
+    report = command("report", _report, "Write the report page of a run again.")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+
+    demo = command("demo", _demo, "Align the bundled tiny model on the bundled pictures and show what changed.")
+    demo.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="the run folder (%(default)s)")
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.generate(options.checkpoint, read_prompts(options), out=options.out, **sampling(options))
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.evaluate(
+        options.base, options.aligned, read_prompts(options), judges=options.judges, out=options.out, **sampling(options)
+    )
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.report(options.run)
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign.demo import demo
+
+    return demo(options.out)

@@ -1,0 +1,91 @@
+"""Commands that train, or say what training would take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowalign.cli.arguments import (
+    Command,
+    add_overrides,
+    positive,
+    price,
+    scale,
+)
+from flowalign.errors import CheckpointError, ConfigError
+from flowalign.plan.gpus import EFFICIENCY, GPUS
+
+
+def add(command: Command) -> None:
+    align = command("align", _align, "Align a model on comparisons, as a YAML configuration says.")
+    align.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
+    add_overrides(align)
+    align.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
+    align.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+
+    plan = command("plan", _plan, "Say what a configuration would train, hold, store and cost, without weights or pictures.")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    add_overrides(plan)
+    plan.add_argument("--comparisons", type=positive, metavar="N", help="rows of data.train, where it is not on this disk")
+    plan.add_argument(
+        "--efficiency", type=scale, default=EFFICIENCY, help="share of the GPU's peak that is reached (%(default)s, assumed)"
+    )
+    plan.add_argument(
+        "--price",
+        type=price,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="GPU=USD",
+        help=f"price of an hour of {' or '.join(GPUS)}, instead of the assumed one",
+    )
+
+    suggest = command("suggest-beta", _suggest_beta, "Train a throw-away copy a little and say which beta suits the data.")
+    suggest.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    add_overrides(suggest)
+    suggest.add_argument("--steps", type=positive, default=25, metavar="N", help="optimizer steps of the probe (%(default)s)")
+    suggest.add_argument(
+        "--target", type=scale, default=0.3, help="mean of the gradient factor that beta is to leave, 0 to 0.5 (%(default)s)"
+    )
+
+    objectives = command("objectives", _objectives, "List the losses to align with, what they compare and need.")
+    objectives.add_argument("--markdown", type=Path, metavar="PAGE", help="write the full list between the marks of this page")
+
+
+def _align(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+
+    path: Path = options.config
+    output = options.output
+    if path.is_dir():
+        if not options.resume:
+            raise ConfigError(f"{path} is a folder; add --resume to continue the run in it, or give a YAML configuration.")
+        if output is not None:
+            raise ConfigError(f"--output {output} cannot be given to continue {path}: a run continues in its own folder.")
+        output, path = path, path / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError(f"{output} is not a run folder: it holds no config.yaml; give the folder of an earlier run.")
+    settings = config.load(path, options.overrides)
+    if output is not None:
+        settings = settings.model_copy(update={"output": str(output)})
+    return runs.align(settings, resume=options.resume)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+
+    settings = config.load(options.config, options.overrides)
+    return runs.plan(settings, efficiency=options.efficiency, prices=dict(options.price), comparisons=options.comparisons)
+
+
+def _suggest_beta(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+
+    return runs.suggest_beta(config.load(options.config, options.overrides), steps=options.steps, target=options.target)
+
+
+def _objectives(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import catalog
+
+    return catalog.listing() if options.markdown is None else catalog.write_page(options.markdown)

@@ -1,0 +1,38 @@
+"""The composition root: every command is one function here, and this is the one place where the parts meet.
+
+All verbs return values that can be written as JSON, with a `summary` for people. They are imported when first asked for, so
+that scoring does not load what training needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowalign.runs.folders import cache_clear as cache_clear
+    from flowalign.runs.folders import cache_list as cache_list
+    from flowalign.runs.folders import export_kohya as export_kohya
+    from flowalign.runs.folders import report as report
+    from flowalign.runs.pictures import evaluate as evaluate
+    from flowalign.runs.pictures import generate as generate
+    from flowalign.runs.training import align as align
+    from flowalign.runs.training import plan as plan
+    from flowalign.runs.training import suggest_beta as suggest_beta
+
+_VERBS = {
+    "training": ("align", "plan", "suggest_beta"),
+    "pictures": ("generate", "evaluate"),
+    "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
+}
+_MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"flowalign.runs.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'flowalign.runs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

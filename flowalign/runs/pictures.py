@@ -1,0 +1,109 @@
+"""Verbs that draw pictures and compare them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign import config as configuration
+from flowalign.device import choose_device
+from flowalign.errors import ConfigError
+from flowalign.evaluate.compare import evaluate_folders
+from flowalign.evaluate.judges import load_judges
+from flowalign.families.loading import open_checkpoint
+from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
+from flowalign.files import write_text
+from flowalign.runs.folders import report
+
+
+def generate(
+    checkpoint: str,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] = (0,),
+    out: Path = Path("runs/generate"),
+    steps: int = 25,
+    guidance: float = 5.0,
+    batch_size: int = 16,
+    sampler: str = "default",
+    precision: str = "fp32",
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again."""
+    settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
+    pipeline = open_checkpoint(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    paths = write_images(
+        out, pipeline, [p for p, _ in wanted], [s for _, s in wanted], settings, batch_size=batch_size, progress=progress
+    )
+    return {"out": str(out), "pictures": len(paths), "summary": f"{len(paths)} pictures in {out}"}
+
+
+def evaluate(
+    base: str,
+    aligned: str,
+    prompts: Sequence[str],
+    *,
+    judges: Path | None = None,
+    seeds: Sequence[int] = (0,),
+    out: Path = Path("runs/evaluate"),
+    steps: int = 25,
+    guidance: float = 5.0,
+    batch_size: int = 16,
+    sampler: str = "default",
+    precision: str = "fp32",
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare two generators on the same prompts and seeds; `out` gets pictures, `evaluation.json` and `report.html`.
+
+    `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote. `judges` may be left
+    out where `aligned` is a run whose configuration names them.
+    """
+    judge_folder = judges or _judges_of(aligned)
+    chosen = load_judges(judge_folder, choose_device(device))
+    folders = []
+    for side, source in (("base", base), ("aligned", aligned)):
+        if (Path(source) / "metadata.jsonl").is_file():
+            folders.append(Path(source))
+            continue
+        folder = out / "evaluation" / side
+        generate(
+            source,
+            prompts,
+            seeds=seeds,
+            out=folder,
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
+            sampler=sampler,
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
+        folders.append(folder)
+    result = evaluate_folders(folders[0], folders[1], chosen, progress=progress)
+    write_text(out / "evaluation" / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    page = report(out)["report"]
+    lines = [
+        f"{name}: aligned wins {found['win_rate']['value']:.1%} "
+        f"[{found['win_rate']['low']:.1%}, {found['win_rate']['high']:.1%}], "
+        f"mean {found['base']['mean']:.3f} -> {found['aligned']['mean']:.3f}"
+        for name, found in result["judges"].items()
+    ]
+    return {key: value for key, value in result.items() if key != "rows"} | {
+        "out": str(out),
+        "report": page,
+        "summary": "\n".join([*lines, f"report: {page}"]),
+    }
+
+
+def _judges_of(aligned: str) -> Path:
+    path = Path(aligned) / "config.yaml"
+    folder = configuration.load(path).judges if path.is_file() else None
+    if folder is None:
+        raise ConfigError(f"no judges are given and {aligned} names none; add --judges FOLDER, such as samples/emoji/judges.")
+    return Path(folder)
