@@ -1,7 +1,8 @@
 """Parts chosen by name: modules of the package's own folder first, entry points `flowalign.<kind>` of others second.
 
-A module is a plugin if it lies in the folder and defines the plugin's name: `FAMILY` in flowalign/families, a function
-named like the module in flowalign/align/objectives. An installed package offers one in its `pyproject.toml`:
+A module is a plugin if it lies in the folder and defines the plugin's name: `FAMILY` in flowalign/families, `REWARD` in
+flowalign/scoring/rewards, a function named like the module in flowalign/align/objectives. An installed package offers one
+in its `pyproject.toml`:
 
     [project.entry-points."flowalign.objectives"]
     mine = "my_package.losses:mine"
@@ -17,11 +18,13 @@ from typing import Any
 
 from flowalign.errors import ConfigError, allowed
 
-FOLDERS = {"families": "families", "objectives": "align/objectives"}
+FOLDERS = {"families": "families", "objectives": "align/objectives", "rewards": "scoring/rewards"}
+CONSTANTS = {"families": "FAMILY", "rewards": "REWARD"}
+"""What a module of the kind offers its plugin as, where that is not a function named like the module."""
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """All names of a kind ("families", "objectives"), sorted. Lists files and package metadata; imports none of them.
+    """All names of a kind ("families", "objectives", "rewards"), sorted. Files and package metadata are listed, not imported.
 
     Raises ConfigError for an unknown kind.
     """
@@ -29,13 +32,13 @@ def names(kind: str) -> tuple[str, ...]:
 
 
 def load(kind: str, name: str) -> Any:
-    """Import one: a family's class (its module's `FAMILY`) or an objective's function (named like its module).
+    """Import one: a family's class (its module's `FAMILY`), a reward's loader (`REWARD`) or an objective's function.
 
     Raises ConfigError for an unknown kind or name, and for an installed package's plugin that cannot be imported.
     """
     if name in _modules(kind):
         module = importlib.import_module(f"flowalign.{FOLDERS[kind].replace('/', '.')}.{name}")
-        return getattr(module, "FAMILY" if kind == "families" else name)
+        return getattr(module, CONSTANTS.get(kind, name))
     found = [entry for entry in entry_points(group=f"flowalign.{kind}") if entry.name == name]
     if not found:
         raise ConfigError(f"{name!r} is not one of the {kind}; {allowed(name, names(kind))}.")
@@ -64,4 +67,4 @@ def _modules(kind: str) -> frozenset[str]:
 
 
 def _definition(kind: str, name: str) -> str:
-    return r"^FAMILY\b" if kind == "families" else rf"^def {name}\("
+    return rf"^{CONSTANTS[kind]}\b" if kind in CONSTANTS else rf"^def {name}\("
