@@ -148,10 +148,12 @@ class Switches(Section):
     """steps from one guess of who is of which type to the next; null is once all comparisons were trained on"""
     annotator_first: Natural | None = None
     """no such guess before this step, when the policies have hardly moved; null is three times annotator_every"""
-    beta: Literal["fixed", "batch", "target"] = "fixed"
-    """β stays as it is, follows how far the pairs of the last step were apart, or moves towards `target_factor`"""
+    beta: Literal["fixed", "batch", "target", "cosine"] = "fixed"
+    """β stays as it is, follows how far the pairs of the last step were apart, moves towards `target_factor`, or falls to ½"""
     target_factor: Annotated[float, Field(gt=0, lt=0.5)] = 0.3
     """target: the mean of σ(−βΔ) that β is moved towards; `objective.beta: auto` aims at it too"""
+    pair_scale: Literal["one", "gap"] = "one"
+    """gap: the errors of a pair, and so its βΔ, count 2σ(gap of its scores) − 1 times"""
 
 
 class Trainable(Section):

@@ -288,7 +288,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         switches=config.switches,
         importance=importance,
         carried=Carried.of(objective, knobs, accelerator.device, over_ranks),
-        adaptive=adaptive(config.switches, knobs, accelerator.device, over_ranks),
+        adaptive=adaptive(config.switches, knobs, accelerator.device, over_ranks, steps=config.train.steps),
         chunk=choose_chunk(config),
     )
     bank = held_out_bank = None

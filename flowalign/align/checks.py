@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowalign.align.carried import Carried
 from flowalign.align.reference import MOVING
+from flowalign.align.switches import reads
 from flowalign.align.terms import Objective, Terms
 from flowalign.data.cached import Cached
 from flowalign.errors import ConfigError
@@ -101,14 +102,12 @@ def _noise(facts: Facts) -> Iterator[str]:
 
 
 def _bare_rows(facts: Facts) -> Iterator[str]:
-    for need in sorted(facts.objective.needs & {"scores", "grades"}):
+    for need in sorted((facts.objective.needs | reads(facts.config.switches)) & {"scores", "grades"}):
+        who = f"objective.name {facts.name!r}" if need in facts.objective.needs else "switches.pair_scale 'gap'"
         bare = sum(int(np.isnan(getattr(each, need)).any(1).sum()) for each in facts.comparisons)
         if bare:
             several = ", or several rewards: name those that count in data.rewards" if need == "scores" else ""
-            yield (
-                f"objective.name {facts.name!r} reads {need}, and {bare} comparisons have none{several}; give every row "
-                f"{need}, or choose another objective."
-            )
+            yield (f"{who} reads {need}, and {bare} comparisons have none{several}; give every row {need}, or choose another.")
 
 
 def _moving_reference(facts: Facts) -> Iterator[str]:
@@ -187,6 +186,14 @@ def _moving_beta(facts: Facts) -> Iterator[str]:
             yield f"{said}; set switches.beta=fixed."
 
 
+def _pair_scale(facts: Facts) -> Iterator[str]:
+    if facts.config.switches.pair_scale == "gap" and (facts.alone or facts.objective.takes in ("lists", "unpaired")):
+        yield (
+            f"switches.pair_scale 'gap' scales chosen against rejected pictures, and objective.name {facts.name!r} or its data "
+            "compare none; set switches.pair_scale=one."
+        )
+
+
 def _shape(facts: Facts) -> Iterator[str]:
     if facts.alone and facts.objective.takes != "unpaired":
         yield (
@@ -240,5 +247,6 @@ RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     _annotators,
     _moving_beta,
     _shape,
+    _pair_scale,
     _label_noise,
 )

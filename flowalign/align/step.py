@@ -15,7 +15,7 @@ from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.inversion import inverted
 from flowalign.align.merged import Merged
-from flowalign.align.switches import safeguarded, time_weight
+from flowalign.align.switches import by_gap, reads, safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
 from flowalign.data.batch import GEOMETRY, Batch, Conditioning
@@ -119,7 +119,7 @@ class PreferenceStep:
         residual = _weighed(prediction - target, root)
         error = _mean_square(residual).view(count, pictures)
         dot = None
-        if self.switches.safeguard is not None or "residual_dot" in self.objective.needs:
+        if "residual_dot" in self.objective.needs | reads(self.switches):
             chosen, rejected = residual.detach().view(count, pictures, -1).unbind(1)
             dot = (chosen * rejected).mean(1)
             if self.switches.safeguard is not None:
@@ -227,7 +227,8 @@ class PreferenceStep:
         """`[B]`, of the objective and what is mixed into it."""
         carried = () if self.carried is None else (self.carried.scalars,)
         moved = {} if self.adaptive is None else {"beta": self.adaptive.scalars["beta"]}
-        loss = self.objective(terms, *carried, **self.knobs | moved)
+        scaled = by_gap(terms) if self.switches.pair_scale == "gap" else terms
+        loss = self.objective(scaled, *carried, **self.knobs | moved)
         if self.switches.winner_nll:
             loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
         return loss
@@ -317,7 +318,7 @@ class PreferenceStep:
         return torch.where(self._ship(turned), 1 - true, true)
 
     def _given(self, values: Tensor | None, need: str) -> Tensor | None:
-        return self._ship(values) if values is not None and need in self.objective.needs else None
+        return self._ship(values) if values is not None and need in self.objective.needs | reads(self.switches) else None
 
     def _ship(self, tensor: Tensor) -> Tensor:
         """To the device without waiting for it."""

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from flowalign.align.terms import Terms
 from flowalign.families.base import Level
 from flowalign.settings import Switches
 
 TINY = 1e-12
+
+
+def reads(switches: Switches) -> frozenset[str]:
+    """What of `terms.NEEDS` they read, whatever the objective does."""
+    used = {"residual_dot": switches.safeguard is not None, "scores": switches.pair_scale == "gap"}
+    return frozenset(name for name, use in used.items() if use)
+
+
+def by_gap(terms: Terms) -> Terms:
+    """The terms with every error of a pair times 2σ(r_w − r_l) − 1, so that an objective sees that many times Δ.
+
+    The score of the chosen picture is r_w. A vote against the scores counts 0 times: it teaches nothing.
+
+    Source: PNAPO, which weighs β so; its other factor is `adaptive`'s cosine.
+    """
+    scale = (2 * torch.sigmoid(terms.score_margin) - 1).clamp_min(0)
+    names = ("policy_error", "reference_error", "drift", "residual_dot")
+    held = {name: value for name in names if (value := getattr(terms, name)) is not None}
+    return replace(terms, **{name: scale.view(-1, *[1] * (value.dim() - 1)) * value for name, value in held.items()})
 
 
 def safeguarded(error: Tensor, residual_dot: Tensor, mu: float) -> Tensor:

@@ -95,7 +95,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         switches=config.switches,
         types=len(by_type(learns)),
         carried=Carried.of(objective, knobs, META),
-        adaptive=adaptive(config.switches, knobs, META),
+        adaptive=adaptive(config.switches, knobs, META, steps=config.train.steps),
         chunk=choose_chunk(config),
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]

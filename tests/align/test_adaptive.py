@@ -46,7 +46,7 @@ def test_the_gradient_factor_is_what_the_logistic_loss_has_left() -> None:
 
 
 def test_target_moves_log_beta_by_the_mean_of_what_is_missing() -> None:
-    moving = adaptive(Switches(beta="target", target_factor=0.3), {"beta": 5.0}, CPU)
+    moving = adaptive(Switches(beta="target", target_factor=0.3), {"beta": 5.0}, CPU, steps=8)
     assert moving is not None
     beta = 5.0
     for step, batches in enumerate([[[0.1, -0.2], [0.3, 0.0]], [[1.0, 1.0], [2.0, 0.5]]], 1):
@@ -59,7 +59,7 @@ def test_target_moves_log_beta_by_the_mean_of_what_is_missing() -> None:
 
 
 def test_target_settles_where_the_factor_is_the_target_and_stays_within_ten_times() -> None:
-    moving = adaptive(Switches(beta="target", target_factor=0.25), {"beta": 1.0}, CPU)
+    moving = adaptive(Switches(beta="target", target_factor=0.25), {"beta": 1.0}, CPU, steps=8)
     assert moving is not None
     for step in range(2000):
         moving.observe(terms([0.5, 0.5]))
@@ -72,7 +72,7 @@ def test_target_settles_where_the_factor_is_the_target_and_stays_within_ten_time
 
 
 def test_batch_beta_follows_how_far_the_last_step_was_above_the_running_mean() -> None:
-    moving = adaptive(Switches(beta="batch"), {"beta": 4.0}, CPU)
+    moving = adaptive(Switches(beta="batch"), {"beta": 4.0}, CPU, steps=8)
     assert moving is not None
     mean = 0.0
     for step, margins in enumerate([[0.1, 0.3], [0.5, 0.7], [-0.4, 0.0]], 1):
@@ -129,3 +129,15 @@ def test_a_stopped_run_goes_on_with_the_beta_it_had(settings: Callable[..., Conf
 def test_what_has_no_beta_to_move_is_refused(prepared: Make, objective: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"switches.beta 'target' moves objective.beta, but objective.name {said}"):
         prepared("switches.beta=target", f"objective={objective}")
+
+
+def test_cosine_takes_beta_from_all_to_half_over_the_run() -> None:
+    moving = adaptive(Switches(beta="cosine"), {"beta": 6.0}, CPU, steps=8)
+    assert moving is not None
+    for step in range(10):
+        expected = 6 * (0.75 + 0.25 * math.cos(math.pi * min(step, 8) / 8))
+        assert moving.scalars["beta"].item() == pytest.approx(expected, rel=1e-5)
+        moving.observe(terms([0.1, -3.0]))
+        moving.after(step + 1)
+    assert moving.scalars["beta"].item() == pytest.approx(3.0)
+    assert {name: value.item() for name, value in moving.tensors().items()} == {"adaptive/beta": 3.0, "adaptive/step": 10.0}

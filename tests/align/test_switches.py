@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from itertools import islice
@@ -94,6 +95,55 @@ def test_winner_nll_adds_the_chosen_error(prepared: Make) -> None:
     terms = plain.step.terms(batch, Keyed(0))
     torch.testing.assert_close(mixed.step.loss(terms), plain.step.loss(terms) + 2.5 * terms.policy_error[:, 0])
     assert mixed.step.self_test(batch, Keyed(0)) == 0.0
+
+
+def scored(votes: Path, folder: Path, gaps: list[float]) -> Path:
+    """The votes, with scores of which the chosen's is higher by these gaps, taken in turn."""
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    lines = [
+        json.dumps(
+            row
+            | {side: str(votes.parent / row[side]) for side in ("chosen", "rejected")}
+            | {"scores": {"taste": [1 + gaps[place % len(gaps)], 1.0]}}
+        )
+        for place, row in enumerate(rows)
+    ]
+    path = folder / "scored.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "dpo_and_nll"])
+def test_pair_scale_multiplies_the_margin_by_what_the_scores_say(
+    prepared: Make, votes: Path, tmp_path: Path, objective: str
+) -> None:
+    gaps = [(place - 6) / 4 for place in range(12)]
+    path = scored(votes, tmp_path, gaps)
+    named = "ipo, tau: 0.5" if objective == "ipo" else "dpo, beta: 30.0"
+    more = (f"objective={{name: {named}}}", f"data.train={path}", f"data.validation={path}", "train.batch_size=4")
+    if objective == "dpo_and_nll":
+        more = (*more, "switches.winner_nll=0.5")
+    plain, scaled = prepared(*more), prepared(*more, "switches.pair_scale=gap")
+    shake(plain)
+    shake(scaled)
+    batch = scaled.first_batch()
+    terms, same = scaled.step.terms(batch, Keyed(0)), plain.step.terms(batch, Keyed(0))
+    torch.testing.assert_close(terms.margin, same.margin)  # what is reported is not scaled
+    assert terms.scores is not None
+    factor = torch.tensor(
+        [max(0.0, 2 / (1 + math.exp(-gap)) - 1) for gap in (terms.scores[:, 0] - terms.scores[:, 1]).tolist()]
+    )
+    assert factor.min() == 0 < factor.max()
+    margin = factor * same.margin
+    wanted = (margin - 1 / (2 * 0.5)) ** 2 if objective == "ipo" else -torch.nn.functional.logsigmoid(30.0 * margin)
+    if objective == "dpo_and_nll":
+        wanted = wanted + 0.5 * same.policy_error[:, 0]
+    torch.testing.assert_close(scaled.step.loss(terms), wanted)
+
+
+def test_pair_scale_needs_scores_and_pairs(prepared: Make) -> None:
+    with pytest.raises(ConfigError, match=r"switches.pair_scale 'gap' reads scores, and \d+ comparisons have none"):
+        prepared("switches.pair_scale=gap")
 
 
 LEVEL = Level(torch.tensor([-30.0, -1.0, 0.0, 3.0]), torch.tensor([1.0, 0.7, 0.5, 0.1]))
