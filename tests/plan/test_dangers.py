@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from flowalign import plugins
 from flowalign.config import parse
 from flowalign.plan.dangers import RULES, Facts, dangers
 from flowalign.plan.data import Counted
@@ -72,6 +73,20 @@ def test_settings_that_do_not_are_named_with_what_to_do(overrides: tuple[str, ..
     assert advice in sentence
     assert sentence.endswith(".")
     assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("name", plugins.names("objectives"))
+def test_only_losses_that_are_nearly_flat_are_blind_under_adams_epsilon(name: str) -> None:
+    takes = plugins.load("objectives", name).takes
+    pictures, chosen = {"pairs": (2, 1), "groups": (4, 2), "lists": (4, 1), "unpaired": (2, 1)}[takes]
+    counted = replace(COUNTED, per_comparison=pictures, num_chosen=chosen)
+    said = [each for each in dangers(facts(f"objective={{name: {name}}}", counted=counted)) if "adam_eps" in each]
+    assert bool(said) == (name in ("ipo", "mipo", "sppo"))
+    assert not [
+        each
+        for each in dangers(facts(f"objective={{name: {name}}}", "train.adam_eps=1e-15", counted=counted))
+        if "adam_eps" in each
+    ]
 
 
 def test_a_bank_that_align_refuses_is_said() -> None:
