@@ -74,7 +74,8 @@ def test_scores_are_in_range(name: str, rewards: dict[str, Reward]) -> None:
     assert scores.shape == (4,)
     assert scores.dtype == torch.float32
     assert scores.device.type == "cpu"
-    assert bool((scores >= low - 1e-5).all()) and bool((scores <= high + 1e-5).all())
+    assert bool((scores >= low - 1e-5).all())
+    assert bool((scores <= high + 1e-5).all())
     assert len({round(score, 6) for score in scores.tolist()}) > 1, "it says the same of four different pictures"
 
 
