@@ -423,8 +423,7 @@ def export(work: Path, out: Path, picture: Path) -> None:
         }
         save_file(head, folder / "style.safetensors", metadata=about)
         found = rounded(card(model, head, state["step"]))
-        write_text(folder / "card.json", json.dumps(found, indent=1, ensure_ascii=False) + "
-")
+        write_text(folder / "card.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         print((folder / "card.json").read_text())
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.2f} MB, step {state['step']}")
