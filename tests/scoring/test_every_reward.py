@@ -100,7 +100,7 @@ def test_the_same_again_is_the_same(name: str, rewards: dict[str, Reward], tmp_p
     first, second = (rewards[name].score(pictures(), PROMPTS) for _ in range(2))
     assert torch.equal(first, second)
     again = ROWS[name].make(tmp_path, Shelf(torch.device("cpu")))
-    assert again.card == rewards[name].card
+    assert again.card.fingerprint == rewards[name].card.fingerprint
     assert torch.equal(again.score(pictures(), PROMPTS), first)
 
 
@@ -152,7 +152,7 @@ def test_there_is_a_gradient_exactly_where_the_card_says_so(name: str, rewards: 
 
 @each_reward
 def test_pixels_score_like_pictures(name: str, rewards: dict[str, Reward]) -> None:
-    tolerance, reward = ROWS[name].gradient_tolerance, rewards[name]
+    tolerance, reward = ROWS[name].pixels_tolerance, rewards[name]
     if tolerance is None:
         pytest.skip("no gradient, or pixels that are read in another way")
     for image, prompt in zip(pictures(), PROMPTS, strict=True):

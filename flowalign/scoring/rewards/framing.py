@@ -94,9 +94,13 @@ class Framing:
                 raise RunError(
                     f"the filter {self.resample} of this model's preprocessing has no gradient; score pictures instead."
                 )
-            pixels = F.interpolate(pixels, plan.resize, mode=self.resample, align_corners=False, antialias=True)
-            if self.arithmetic == "bytes":
-                pixels = pixels.clamp(0, 1)
+            height, width = plan.resize
+            # Pillow resizes along rows, clamps what overshoots, and goes on along columns (for some tall pictures it begins
+            # with columns, which only shows where neighbours differ as much as noise does). torchvision does both at once.
+            steps = [(pixels.shape[2], width), (height, width)] if self.arithmetic == "bytes" else [(height, width)]
+            for size in steps:
+                pixels = F.interpolate(pixels, size, mode=self.resample, align_corners=False, antialias=True)
+                pixels = pixels.clamp(0, 1) if self.arithmetic == "bytes" else pixels
         if any(plan.pad):
             pixels = F.pad(pixels, plan.pad, value=self.fill / 255)
         top, left = plan.cut

@@ -106,7 +106,7 @@ def _load(key: str, shelf: Shelf, spec: Spec, model: str, reframe: Mapping[str, 
         path = spec.weights if spec.file else open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, spec.weights))
         open_clip.load_checkpoint(net, path)
         tokenize = open_clip.get_tokenizer(spec.tokenizer) if spec.tokenizer else _alone(spec.config["text_cfg"])
-    except FAILURES as error:
+    except Exception as error:  # safetensors, torch's unpickler and the hub raise many kinds on files that are not theirs
         where = (
             "check that the file belongs to this model"
             if spec.file

@@ -17,7 +17,6 @@ from flowalign.scoring.rewards.framing import Framing
 KINDS = ("clip", "siglip")
 LICENCES = {"openai": "MIT", "laion": "MIT", "google": "Apache-2.0", "yuvalkirstain": "none stated; its base CLIP-H: MIT"}
 """By owner of a hub id; see docs/rewards.md."""
-FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)  # what loaders raise
 
 
 class TransformersTower(Contrastive):
@@ -44,11 +43,9 @@ def take(shelf: Shelf, model: str, processor: str = "") -> TransformersTower:
 
     Raises CheckpointError for what cannot be found or is neither CLIP nor SigLIP.
     """
-    name, other = (
-        str(Path(each).expanduser().resolve()) if Path(each).expanduser().is_dir() else each for each in (model, processor)
-    )
-    key = f"transformers {name} {other or name} {shelf.dtype}"
-    return shelf.take(key, lambda: _load(key, shelf, name, other or name))
+    name, other = _local(model), _local(processor or model)
+    key = f"transformers {name} {other} {shelf.dtype}"
+    return shelf.take(key, lambda: _load(key, shelf, name, other))
 
 
 def framing_of(processor: Any) -> Framing:
@@ -85,7 +82,7 @@ def _load(key: str, shelf: Shelf, model: str, processor: str) -> TransformersTow
         tokenizer = AutoTokenizer.from_pretrained(processor)
     except CheckpointError:
         raise
-    except FAILURES as error:
+    except Exception as error:  # transformers, safetensors and the hub raise many kinds
         raise CheckpointError(
             f"{model} is no model that transformers can load ({reason(error)}); give a folder that save_pretrained wrote with "
             "its processor, or a hub id that was downloaded once while online."
@@ -97,6 +94,12 @@ def _load(key: str, shelf: Shelf, model: str, processor: str) -> TransformersTow
     tower = TransformersTower(key, net, framing, Origin(said, licence, mark), shelf.device, shelf.dtype)
     tower.tokenizer = tokenizer
     return tower
+
+
+def _local(name: str) -> str:
+    """A folder's whole path; a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def _filter(resample: Any) -> str:
