@@ -15,4 +15,4 @@ def add(command: Command) -> None:
 def _rewards(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    return runs.rewards()
+    return runs.list_rewards()

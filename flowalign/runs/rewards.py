@@ -29,7 +29,7 @@ class Entry:
     """Name: default, as Python writes it; "" where there is none."""
 
 
-def rewards() -> dict[str, Any]:
+def list_rewards() -> dict[str, Any]:
     """{"summary": the list for people, "rewards": the same as data}."""
     entries = [_entry(name) for name in plugins.names("rewards")]
     wide = max(len(entry.name) for entry in entries)

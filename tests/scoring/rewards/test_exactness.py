@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.scoring.loading import load_rewards
-from flowalign.scoring.rewards import aesthetic, open_clip_tower, transformers_tower
+from flowalign.scoring.rewards import aesthetic, open_clip_tower, published, transformers_tower
 from flowalign.scoring.rewards.base import Reward, Shelf
 from flowalign.scoring.rewards.contrastive import Contrastive
 from tests.scoring import tiny_towers
@@ -147,9 +147,8 @@ def test_siglip_is_transformers_logit(tmp_path: Path) -> None:
 
     folder = tiny_towers.transformers_siglip(tmp_path)
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
-    inputs = processor(
-        images=square(), text=list(PROMPTS), padding="max_length", truncation=True, max_length=16, return_tensors="pt"
-    )
+    settings = dict(padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    inputs = processor(images=square(), text=list(PROMPTS), **settings)
     inputs.pop("attention_mask", None)  # SigLIP was trained without
     with torch.no_grad():
         logits = model(**inputs).logits_per_image.diagonal()
@@ -197,7 +196,7 @@ def test_published_heads_give_published_values(file: str, test_data: Path) -> No
     folder = test_data / "aesthetic"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    layers = aesthetic.read_head(aesthetic.published.read(folder / file)[0], folder / file)
+    layers = aesthetic.read_head(published.read(folder / file)[0], folder / file)
     vectors = [np.load(folder / "vit_l_14_embeddings" / f"rating{rating}.npy").reshape(-1) for rating in range(10)]
     x = F.normalize(torch.from_numpy(np.stack(vectors)).float(), dim=1)
     found = aesthetic.apply(layers, x).tolist()
@@ -354,3 +353,34 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load("clip", model=str(folder), pretrained=str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_published_files_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a real server on this machine."""
+    import functools
+    import http.server
+    import threading
+
+    asked: list[str] = []
+
+    class Server(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *said: object) -> None:
+            asked.append(self.path)
+
+    (tmp_path / "web").mkdir()
+    data = tiny_towers.head(tmp_path / "web", "v1").read_bytes()
+    monkeypatch.setenv("FLOWALIGN_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(Server, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/v1.pth"
+        with pytest.raises(CheckpointError, match="has the sha256"):
+            published.from_address(address, "0" * 64)
+        assert not list((tmp_path / "cache").rglob("*.pth"))
+        for _ in range(2):
+            path = published.from_address(address, hashlib.sha256(data).hexdigest())
+            assert path.read_bytes() == data
+        assert len(asked) == 2
+        with pytest.raises(CheckpointError, match=r"none\.pth cannot be downloaded .* give weights: FILE"):
+            published.from_address(f"http://127.0.0.1:{server.server_port}/none.pth", None)
+        server.shutdown()
