@@ -95,6 +95,10 @@ class Reward(ABC):
             raise DataError(
                 f"{self.card.name} got {len(images)} pictures and {len(prompts)} prompts; give one prompt a picture."
             )
+        if self.card.reads_prompt and (blank := [place for place, prompt in enumerate(prompts) if not prompt.strip()]):
+            raise DataError(
+                f"{self.card.name} got a blank prompt for picture {blank[0] + 1}; give one that says what it shows."
+            )
         with torch.inference_mode():
             features = self.backbone.see([self.backbone.prepare(image.convert("RGB")) for image in images])
             return checked(self, self.judge(features, prompts), prompts)
