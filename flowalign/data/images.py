@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flowalign.errors import ConfigError, DataError
 
@@ -31,6 +31,10 @@ def decode(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"the picture is too large to decode ({error}); at most {MAX_PIXELS} pixels are decoded") from None
+    except UnidentifiedImageError:  # whose own words name an address in memory, another one each time
+        raise DataError(
+            f"{len(data)} bytes are not a readable picture (of no known format); replace the file or remove the row"
+        ) from None
     except Exception as error:  # Pillow's codecs raise OSError, SyntaxError, ValueError, struct.error ... on damaged files
         raise DataError(f"{len(data)} bytes are not a readable picture ({error}); replace the file or remove the row") from None
     if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white

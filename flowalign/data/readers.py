@@ -90,13 +90,11 @@ def open_comparisons(
 
     Raises DataError for a source that cannot be opened or whose columns fit no convention; bad rows raise when read.
     """
-    if format not in FORMATS:
-        raise DataError(f"format is {format!r}; {allowed(format, FORMATS)}")
     if tie_policy not in TIE_POLICIES:
         raise DataError(f"tie_policy is {tie_policy!r}; {allowed(tie_policy, TIE_POLICIES)}")
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or absent to use every comparison")
-    rows = _open_rows(str(source), _format_of(str(source)) if format == "auto" else format, split)
+    rows = open_rows(source, format=format, split=split)
     if not len(rows):
         raise DataError(f"{str(source)!r} holds no rows; it needs at least one comparison")
     convention = detect(rows.columns, columns or {}, str(source))
@@ -219,9 +217,13 @@ def _format_of(source: str) -> str:
     raise DataError(f"{source!r} does not exist; check the path")
 
 
-def _open_rows(source: str, form: str, split: str) -> Rows:
+def open_rows(source: str | Path, *, format: str = "auto", split: str = "train") -> Rows:
+    """A source as numbered rows, whatever they hold; arguments as in `open_comparisons`. Raises DataError."""
+    if format not in FORMATS:
+        raise DataError(f"format is {format!r}; {allowed(format, FORMATS)}")
+    source = str(source)
     path = at(source)
-    match form:
+    match _format_of(source) if format == "auto" else format:
         case "folder":
             return JsonRows(path / "metadata.jsonl")
         case "jsonl":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import shutil
 import tempfile
@@ -102,6 +103,11 @@ Place = Path | Remote
 def at(source: str | Path) -> Place:
     """Where a source is: an address, or a path of this machine."""
     return Remote(str(source)) if ADDRESS.match(str(source)) else Path(source)
+
+
+def whole(place: Place) -> Place:
+    """The same place, named from the root: links and `..` in its folder are followed, what it ends in is left as it is."""
+    return place if isinstance(place, Remote) else Path(os.path.realpath(place.parent)) / place.name
 
 
 def beside(folder: Place, name: str) -> Place:

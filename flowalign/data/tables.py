@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flowalign.data.records import CellImage, FileImage
-from flowalign.data.remote import Place, beside
+from flowalign.data.remote import Place, beside, whole
 from flowalign.data.rows import Rows, open_file
 from flowalign.errors import DataError, reason
 
@@ -81,9 +81,19 @@ class ParquetRows(Rows):
         return payload(self._table(group, (column,)).column(column)[place].as_py(), self.folder)
 
     def where(self, number: int) -> str:
+        shard, row = self._in_shard(number)
+        return f"{self.paths[shard].name}:{row}"
+
+    def address(self, row: int, column: str) -> str:
+        """The cell as `FILE.parquet#ROW:COLUMN`, which a comparison can name."""
+        shard, place = self._in_shard(row)
+        return f"{whole(self.paths[shard])}#{place}:{column}"
+
+    def _in_shard(self, number: int) -> tuple[int, int]:
+        """(shard, row in it)"""
         shard, _ = self._groups[self._locate(number)[0]]
         first = self._shard_starts[np.searchsorted(self._shard_starts, number, side="right") - 1]
-        return f"{self.paths[shard].name}:{number - int(first)}"
+        return shard, number - int(first)
 
     def _locate(self, number: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, number, side="right")) - 1

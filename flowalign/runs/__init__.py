@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowalign.runs.pictures import evaluate as evaluate
     from flowalign.runs.pictures import generate as generate
     from flowalign.runs.rewards import list_rewards as list_rewards
+    from flowalign.runs.scoring import score as score
     from flowalign.runs.training import align as align
     from flowalign.runs.training import plan as plan
     from flowalign.runs.training import suggest_beta as suggest_beta
@@ -25,6 +26,7 @@ _VERBS = {
     "training": ("align", "plan", "suggest_beta"),
     "pictures": ("generate", "evaluate"),
     "rewards": ("list_rewards",),
+    "scoring": ("score",),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
 }
 _MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}

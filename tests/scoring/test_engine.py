@@ -1,0 +1,211 @@
+"""The engine: every picture is scored once, whatever the batch, the order and the kills; a failure is never a number."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowalign.errors import DataError
+from flowalign.scoring.cache import ScoreCache
+from flowalign.scoring.engine import AHEAD, Counts, Scorer, score
+from flowalign.scoring.sources import open_items
+from flowalign.scoring.table import ScoreTable, read_table
+from tests.scoring.pixels import Brightness, Lettered, Means, card, folder_of, picture
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(source: Path, out: Path, cache: Path, *, batch_size: int = 4, workers: int = 2) -> tuple[ScoreTable, Counts, Means]:
+    tower = Means()
+    scorer = Scorer([Brightness(tower), Lettered(tower)], ScoreCache(cache), batch_size=batch_size, workers=workers)
+    counts = score(open_items(source), scorer, out, progress=False)
+    return read_table(out), counts, tower
+
+
+def brightness(number: int) -> float:
+    return sum(picture(number).getpixel((0, 0))) / 3 / 255  # type: ignore[arg-type]
+
+
+def test_scores_are_the_formulas_in_the_order_of_the_source(tmp_path: Path) -> None:
+    table, counts, tower = run(folder_of(tmp_path / "p", 11), tmp_path / "t.parquet", tmp_path / "c")
+    assert table.raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(11)], abs=1e-6)
+    assert table.raw("lettered").tolist() == pytest.approx([brightness(n) + len(f"thing {n}") for n in range(11)], abs=1e-5)
+    assert table.texts("prompt") == [f"thing {n}" for n in range(11)]
+    assert (counts.rows, counts.scored, counts.failed, counts.forwards, counts.cached) == (11, 11, 0, 11, 0)
+    assert len(tower.seen) == 11  # two rewards, one forward
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2), (64, 4)])
+def test_batches_and_threads_change_nothing(tmp_path: Path, batch_size: int, workers: int) -> None:
+    source = folder_of(tmp_path / "p", 10)
+    one, _, _ = run(source, tmp_path / "a.parquet", tmp_path / "a")
+    other, _, _ = run(source, tmp_path / "b.parquet", tmp_path / "b", batch_size=batch_size, workers=workers)
+    assert one.data.equals(other.data)
+    assert one.cards == other.cards
+
+
+def test_nothing_is_scored_twice(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 9)
+    first, _, _ = run(source, tmp_path / "t.parquet", tmp_path / "c")
+    again, counts, tower = run(source, tmp_path / "again.parquet", tmp_path / "c")
+    assert (counts.forwards, counts.cached, tower.seen) == (0, 18, [])
+    assert first.data.equals(again.data)
+    folder_of(source, 12)
+    _, counts, tower = run(source, tmp_path / "more.parquet", tmp_path / "c")
+    assert (counts.rows, counts.forwards) == (12, 3)
+    assert len(tower.seen) == 3
+
+
+def test_the_same_picture_and_prompt_are_scored_once_in_one_run(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 3)
+    for copy in range(8):
+        (source / f"copy{copy}.png").write_bytes((source / "0001.png").read_bytes())
+        (source / f"copy{copy}.txt").write_text("thing 1")
+    table, counts, _ = run(source, tmp_path / "t.parquet", tmp_path / "c", batch_size=4)
+    assert counts.forwards == 3
+    assert len({*table.raw("lettered")[[1, *range(3, 11)]]}) == 1
+
+
+def test_what_changes_a_score_is_part_of_what_it_is_known_by(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path)
+    plain, told = card("a", reads_prompt=False), card("b", reads_prompt=True)
+    cache.add(plain, {("picture", "one"): 1.0})
+    cache.add(told, {("picture", "one"): 2.0, ("other", "one"): float("nan")})
+    assert cache.find(plain, "picture", "two") == 1.0
+    assert cache.find(told, "picture", "one") == 2.0
+    assert cache.find(told, "picture", "two") is None
+    assert cache.find(told, "other", "one") is None  # a failure is not kept
+    assert cache.find(card("b", reads_prompt=True, fingerprint="b-2"), "picture", "one") is None
+    assert ScoreCache(tmp_path).find(plain, "picture", "") == 1.0
+
+
+def test_a_file_that_is_no_cache_is_said(tmp_path: Path) -> None:
+    (tmp_path / "scores.sqlite").write_text("something else that is long enough to be looked at by a database " * 20)
+    with pytest.raises(DataError, match=r"is not a cache of scores .*--cache"):
+        ScoreCache(tmp_path)
+
+
+def test_one_bad_picture_costs_no_other_its_score(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 8)
+    for number, prompt in ((2, "do fail here"), (5, "nan it is")):
+        (source / f"{number:04d}.txt").write_text(prompt)
+    table, counts, _ = run(source, tmp_path / "t.parquet", tmp_path / "c", batch_size=8)
+    assert counts.failed == 2
+    assert [n for n, value in enumerate(table.raw("lettered")) if value != value] == [2, 5]
+    assert table.raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(8)], abs=1e-6)
+    why = table.texts("why.lettered")
+    assert why[2] == "ValueError: the text tower tripped"
+    assert "lettered is nan for the prompt 'nan it is'" in str(why[5])
+    assert [why[n] for n in (0, 1, 3, 4, 6, 7)] == [None] * 6
+    assert counts.problems[0].endswith("0002.png: lettered: ValueError: the text tower tripped")
+
+
+def test_rewards_that_read_no_prompt_need_none(tmp_path: Path) -> None:
+    table, counts, _ = run(folder_of(tmp_path / "p", 3, None), tmp_path / "t.parquet", tmp_path / "c")
+    assert (counts.scored, counts.failed) == (3, 3)
+    assert table.raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(3)], abs=1e-6)
+    assert {*table.texts("why.lettered")} == {
+        "the picture has no prompt; give one beside it, in a column, or for all with --prompt"
+    }
+
+
+def test_only_a_few_pictures_are_held_at_a_time(tmp_path: Path) -> None:
+    alive = most = 0
+
+    class Held:
+        def __init__(self, value: object) -> None:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            self.value = value
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    class Watched(Means):
+        def prepare(self, image):  # type: ignore[no-untyped-def]
+            return Held(super().prepare(image))
+
+        def see(self, inputs):  # type: ignore[no-untyped-def]
+            return super().see([each.value for each in inputs])
+
+    tower = Watched()
+    scorer = Scorer([Brightness(tower)], ScoreCache(tmp_path / "c"), batch_size=4, workers=2)
+    score(open_items(folder_of(tmp_path / "p", 120, None)), scorer, tmp_path / "t.parquet", progress=False)
+    assert len(tower.seen) == 120
+    assert most <= (AHEAD + 2) * 4
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.scoring.pixels import Brightness, Lettered, Means
+from flowalign.scoring.cache import ScoreCache
+from flowalign.scoring.engine import Scorer, score
+from flowalign.scoring.sources import open_items
+
+class Slow(Means):
+    def see(self, inputs):
+        print(len(inputs), flush=True)
+        time.sleep({wait})
+        return super().see(inputs)
+
+tower = Slow()
+scorer = Scorer([Brightness(tower), Lettered(tower)], ScoreCache(Path({cache!r})), batch_size=4)
+score(open_items({source!r}), scorer, Path({out!r}), progress=False)
+"""
+
+
+def test_killed_and_run_again_it_ends_with_the_same_table_and_no_picture_scored_twice(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 60)
+    whole, _, _ = run(source, tmp_path / "whole.parquet", tmp_path / "other")
+    out, seen = tmp_path / "t.parquet", 0
+    words = dict(root=str(ROOT), cache=str(tmp_path / "c"), source=str(source), out=str(out))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(wait=0.05, **words)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    while seen < 24:
+        seen += int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    seen += sum(int(line) for line in process.stdout.read().split())
+    assert not out.exists()
+    table, counts, tower = run(source, out, tmp_path / "c")
+    assert table.data.equals(whole.data)
+    assert 60 <= seen + len(tower.seen) <= 60 + 4  # at most the batch in flight goes through twice
+    assert counts.forwards == len(tower.seen) < 60
+
+
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 40)
+    words = dict(root=str(ROOT), cache=str(tmp_path / "c"), source=str(source))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    programs = [SLOW.format(wait=0.02, out=str(tmp_path / f"{n}.parquet"), **words) for n in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", each], stdout=subprocess.DEVNULL, env=environment) for each in programs
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    first, second = (read_table(tmp_path / f"{n}.parquet") for n in range(2))
+    assert first.data.equals(second.data)
+
+
+def test_the_table_says_what_its_columns_are(tmp_path: Path) -> None:
+    table, _, _ = run(folder_of(tmp_path / "p", 2), tmp_path / "t.parquet", tmp_path / "c")
+    assert table.rewards == ("brightness", "lettered")
+    assert table.cards["lettered"].fingerprint == "lettered-1"
+    import pyarrow.parquet as pq
+
+    about = json.loads(pq.read_schema(tmp_path / "t.parquet").metadata[b"flowalign"])
+    assert about["version"] == 1
