@@ -6,8 +6,8 @@
 
 The text tower and the tokenizer are those of `tiny-sd`, locked (Zhai et al., 2022, arXiv:2111.07991): with 1,391 concepts to
 learn from, a text tower that may move forgets what words mean that no caption has. The image tower starts from nothing.
-Only train concepts are seen, as pictures or as captions. Stages meet in --work (default runs/emoji-clip-training). All three take
-half an hour of one CPU core.
+Only train concepts are seen, as pictures or as captions. Stages meet in --work (default runs/emoji-clip-training). All three
+take twenty minutes of one CPU core.
 """
 
 from __future__ import annotations
