@@ -6,8 +6,8 @@
 
 The text tower and the tokenizer are those of `tiny-sd`, locked (Zhai et al., 2022, arXiv:2111.07991): with 1,391 concepts to
 learn from, a text tower that may move forgets what words mean that no caption has. The image tower starts from nothing.
-Only train concepts are seen, as pictures or as captions. Stages meet in --work (default runs/emoji-clip). All three take
-half an hour of one CPU core.
+Only train concepts are seen, as pictures or as captions. Stages meet in --work (default runs/emoji-clip-training). All three
+take twenty minutes of one CPU core.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "
 SIDED = ("left", "right", "clock", "o’clock")  # words that a mirror makes wrong
 CURVES = {
     "train": ("loss", "contrastive loss, train"),
-    "held_out": ("recall_at_1", "caption to picture, 245 held-out concepts: recall at 1"),
+    "held_out": ("recall_at_1", "held-out captions to pictures: recall at 1"),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from PIL import Image
 
 from flowalign.scoring.loading import load_rewards
@@ -36,20 +39,47 @@ def loaded(shelf: Shelf, name: str, **settings: object) -> Reward:
     return load_rewards([{"name": name, **settings}], shelf)[0]
 
 
+EMOJI = Path(__file__).resolve().parents[2] / "samples" / "emoji"
+
+
+@cache
+def drawing(caption: str, style: str) -> Image.Image:
+    """One of the embedded ones."""
+    for row in pq.read_table(EMOJI / "emoji.parquet", columns=["caption", "style", "image"]).to_pylist():
+        if (row["caption"], row["style"]) == (caption, style):
+            return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+    raise LookupError(caption)
+
+
+def _right_captions() -> list[Pair]:
+    fox, tea = drawing("fox", "noto"), drawing("teacup without handle", "fluent")
+    return [((fox, "fox"), (tea, "fox")), ((tea, "teacup without handle"), (tea, "fox"))]
+
+
+def _fluent_first() -> list[Pair]:
+    captions = ("fox", "teacup without handle", "bicycle")
+    return [((drawing(caption, "fluent"), caption), (drawing(caption, "noto"), caption)) for caption in captions]
+
+
+def _embedded(folder: Path, shelf: Shelf, column: str) -> Reward:
+    rewards = {reward.card.name: reward for reward in load_rewards([str(EMOJI / "rewards.yaml")], shelf)}
+    return rewards[column]
+
+
 def _hpsv2(folder: Path, shelf: Shelf) -> Reward:
     config, checkpoint = tiny_towers.hps_checkpoint(folder)
     return loaded(shelf, "hpsv2", model=str(config), weights=str(checkpoint))
 
 
-def _aesthetic(folder: Path, shelf: Shelf) -> Reward:
-    model = tiny_towers.open_clip_folder(folder)
-    return loaded(shelf, "aesthetic", model=str(model), weights=str(tiny_towers.head(folder, "v2")))
-
-
 ROWS: dict[str, Row] = {
-    "aesthetic": Row(_aesthetic),
-    "clip": Row(lambda folder, shelf: loaded(shelf, "clip", model=str(tiny_towers.open_clip_folder(folder)))),
-    "hpsv2": Row(_hpsv2),
-    "pickscore": Row(lambda folder, shelf: loaded(shelf, "pickscore", model=str(tiny_towers.transformers_clip(folder)))),
-    "siglip": Row(lambda folder, shelf: loaded(shelf, "siglip", model=str(tiny_towers.transformers_siglip(folder)))),
+    "aesthetic": Row(lambda folder, shelf: _embedded(folder, shelf, "style"), _fluent_first, pixels_tolerance=0.5),
+    "clip": Row(lambda folder, shelf: _embedded(folder, shelf, "emoji_clip"), _right_captions, pixels_tolerance=0.02),
+    "hpsv2": Row(_hpsv2, pixels_tolerance=1e-4),
+    "pickscore": Row(
+        lambda folder, shelf: loaded(shelf, "pickscore", model=str(tiny_towers.transformers_clip(folder))),
+        pixels_tolerance=0.05,
+    ),
+    "siglip": Row(
+        lambda folder, shelf: loaded(shelf, "siglip", model=str(tiny_towers.transformers_siglip(folder))), pixels_tolerance=0.05
+    ),
 }

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowalign.scoring.rewards.base import Backbone
-from flowalign.scoring.rewards.framing import Framing
+from flowalign.scoring.rewards.framing import Framing, normalised
 
 KEPT_PROMPTS = 8192
 """Text vectors kept per tower: 32 MB at 1024 dimensions."""
@@ -44,6 +44,7 @@ class Contrastive(Backbone):
         self.device = device
         self.dtype = dtype
         self.framing = framing
+        self._statistics = framing.statistics(device)  # kept there, so that no batch waits for them
         self.origin = origin
         scale, bias = (getattr(model, name, None) for name in ("logit_scale", "logit_bias"))
         self.scale = 1.0 if scale is None else float(scale.detach().exp())
@@ -68,7 +69,7 @@ class Contrastive(Backbone):
         return self.framing.pixels(pixels)  # type: ignore[return-value]  # a tensor is a sequence of its rows
 
     def see(self, inputs: Sequence[Tensor]) -> Tensor:
-        x = self.framing.normalised(inputs, self.device)
+        x = normalised(inputs, *self._statistics)
         return F.normalize(self.image_vectors(x.to(self.dtype)).float(), dim=-1)
 
     def read(self, prompts: Sequence[str]) -> Tensor:

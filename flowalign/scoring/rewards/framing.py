@@ -106,13 +106,18 @@ class Framing:
         top, left = plan.cut
         return pixels[:, :, top : top + self.height, left : left + self.width]
 
-    def normalised(self, inputs: Sequence[Tensor] | Tensor, device: torch.device) -> Tensor:
-        """B inputs of `picture` or `pixels` -> `[B, 3, height, width]` float32 on `device`, as the tower was trained on."""
-        x = inputs if isinstance(inputs, Tensor) else torch.stack(tuple(inputs))
-        x = x.to(device, non_blocking=True)
-        x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the channels, `[3, 1, 1]` each, where the tower is."""
         mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self.mean, self.std))
-        return (x - mean) / std
+        return mean, std
+
+
+def normalised(inputs: Sequence[Tensor] | Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """B inputs of `Framing.picture` or `Framing.pixels` -> `[B, 3, height, width]` float32, as the tower was trained on."""
+    x = inputs if isinstance(inputs, Tensor) else torch.stack(tuple(inputs))
+    x = x.to(mean.device, non_blocking=True)
+    x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
+    return (x - mean) / std
 
 
 def _tensor(image: Image.Image) -> Tensor:

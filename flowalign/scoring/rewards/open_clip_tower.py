@@ -154,7 +154,7 @@ def _own(path: Path, pretrained: str) -> Spec:
             f"{file} is not a configuration of open_clip's ({reason(error)}); give the {CONFIG} of the model."
         ) from error
     found = [(folder / name).resolve() for name in WEIGHTS if (folder / name).is_file()]
-    weights = Path(pretrained).expanduser().resolve() if pretrained else (found or [None])[0]
+    weights = Path(pretrained).expanduser().resolve() if pretrained else next(iter(found), None)
     if weights is None or not weights.is_file():
         missing = pretrained or f"any of {', '.join(WEIGHTS)} in {folder}"
         raise CheckpointError(f"{missing} is not there; put the model's weights into the folder or give pretrained: FILE.")

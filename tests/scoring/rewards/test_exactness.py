@@ -20,6 +20,7 @@ from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards import aesthetic, open_clip_tower, published, transformers_tower
 from flowalign.scoring.rewards.base import Reward, Shelf
 from flowalign.scoring.rewards.contrastive import Contrastive
+from flowalign.scoring.rewards.framing import normalised
 from tests.scoring import tiny_towers
 from tests.scoring.test_every_reward import PROMPTS, pictures
 
@@ -99,7 +100,7 @@ def test_hps_is_the_cosine_of_its_checkpoint(tmp_path: Path) -> None:
     framing = reward.backbone.framing  # that it is the authors' is tested with framings
     assert (framing.fit, framing.arithmetic, framing.fill) == ("longest", "floats", 0)
     with torch.no_grad():
-        x = framing.normalised([framing.picture(image) for image in pictures()], torch.device("cpu"))
+        x = normalised([framing.picture(image) for image in pictures()], *framing.statistics(torch.device("cpu")))
         images, texts, _ = model(x, tokenize(list(PROMPTS)))  # both normalised, as their scorer takes them
     torch.testing.assert_close(reward.score(pictures(), PROMPTS), (images @ texts.T).diagonal(), rtol=0, atol=1e-5)
 

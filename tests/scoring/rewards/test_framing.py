@@ -17,7 +17,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from flowalign.errors import CheckpointError, RunError
 from flowalign.scoring.rewards import open_clip_tower, transformers_tower
-from flowalign.scoring.rewards.framing import Framing
+from flowalign.scoring.rewards.framing import Framing, normalised
 from flowalign.scoring.rewards.hpsv2 import LOOK
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 def ours(framing: Framing, image: Image.Image) -> torch.Tensor:
-    return framing.normalised([framing.picture(image)], CPU)[0]
+    return normalised([framing.picture(image)], *framing.statistics(CPU))[0]
 
 
 @each_size
