@@ -36,6 +36,7 @@ def add(command: Command) -> None:
 def _score(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    names = ("out", "prompt", "image_column", "prompt_column", "format", "split", "limit")
-    names += ("batch_size", "workers", "device", "precision", "cache", "engine", "replicas")
-    return runs.score(options.source, options.rewards, **{name: getattr(options, name) for name in names})
+    source = ("prompt", "image_column", "prompt_column", "format", "split", "limit")
+    how = ("batch_size", "workers", "device", "precision", "cache", "engine", "replicas")
+    settings = {name: getattr(options, name) for name in ("out", *source, *how)}
+    return runs.score(options.source, options.rewards, **settings)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from flowalign.runs.pictures import generate as generate
     from flowalign.runs.rewards import list_rewards as list_rewards
     from flowalign.runs.scoring import score as score
+    from flowalign.runs.selection import calibrate as calibrate
+    from flowalign.runs.selection import margins as margins
+    from flowalign.runs.selection import select as select
     from flowalign.runs.training import align as align
     from flowalign.runs.training import plan as plan
     from flowalign.runs.training import suggest_beta as suggest_beta
@@ -27,6 +30,7 @@ _VERBS = {
     "pictures": ("generate", "evaluate"),
     "rewards": ("list_rewards",),
     "scoring": ("score",),
+    "selection": ("calibrate", "select", "margins"),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
 }
 _MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}

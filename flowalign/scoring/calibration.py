@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowalign.data.records import Comparison
+from flowalign.data.writer import address
 from flowalign.errors import DataError, reason
 from flowalign.files import write_text
 from flowalign.scoring.calibrate import (
@@ -28,7 +29,6 @@ from flowalign.scoring.calibrate import (
     with_intervals,
 )
 from flowalign.scoring.combine import combined, disagreement
-from flowalign.scoring.sources import address
 from flowalign.scoring.table import CALIBRATED, ScoreTable
 
 VERSION = 1
@@ -167,7 +167,7 @@ def match(table: ScoreTable, comparisons: Sequence[Comparison]) -> Labelled:
             given += 1
             rows = []
             for image in comparison.images:
-                row = by_path.get((address(image, ""), comparison.prompt))
+                row = by_path.get((address(image) or "", comparison.prompt))
                 if row is None:
                     row = by_content.get((hashlib.sha256(image.read()).hexdigest(), comparison.prompt))
                 rows.append(row)

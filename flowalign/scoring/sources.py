@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowalign.data.columns import CELL, PROMPTS, Pictures, detect
+from flowalign.data.columns import PROMPTS, Pictures, detect
 from flowalign.data.readers import Comparisons, open_comparisons, open_rows
-from flowalign.data.records import CellImage, FileImage, ImageRef
+from flowalign.data.records import FileImage, ImageRef
 from flowalign.data.remote import Place, at, whole
 from flowalign.data.rows import PICTURES, Rows
-from flowalign.data.tables import ParquetRows
+from flowalign.data.writer import address
 from flowalign.errors import DataError, allowed
 
 IMAGE_COLUMNS = ("image", "file_name", "picture", "path", "image_path", "img", "png", "jpg", "jpeg", "webp")
@@ -94,7 +94,7 @@ class RowItems(Items):
         generator = next((str(row[name]) for name in GENERATORS if row.get(name) is not None), None)
         if prompt is not None and not isinstance(prompt, str):
             raise DataError(f"the prompt is {prompt!r}; it must be text")
-        return Item(ref, address(ref, self.where(place)), prompt, generator, _seed(row.get("seed")))
+        return Item(ref, address(ref) or self.where(place), prompt, generator, _seed(row.get("seed")))
 
     def where(self, place: int) -> str:
         return self.rows.where(place)
@@ -128,7 +128,7 @@ class ComparisonItems(Items):
         ref = comparison.images[number]
         made = comparison.generator[number] if comparison.generator else None
         seed = comparison.seed[number] if comparison.seed else None
-        return Item(ref, address(ref, f"{self.where(place)}:{number}"), self._told or comparison.prompt, made, seed)
+        return Item(ref, address(ref) or f"{self.where(place)}:{number}", self._told or comparison.prompt, made, seed)
 
     def where(self, place: int) -> str:
         return self._comparisons.rows.where(self._places[place][0])
@@ -175,20 +175,6 @@ def open_items(
         return ComparisonItems(open_comparisons(source, format=format, split=split, columns=columns), prompt)
     told = prompt_column or next((name for name in (*PROMPTS, "text", "txt") if name in rows.columns), None)
     return RowItems(rows, found, told, prompt)
-
-
-def address(image: ImageRef, place: str) -> str:
-    """Where a picture lies, so that a comparison file can name it; `place` for those that only their row can find."""
-    if isinstance(image, FileImage):
-        return str(whole(image.path))
-    if isinstance(image, CellImage) and isinstance(image.table, ParquetRows):
-        return image.table.address(image.row, image.column)
-    return place
-
-
-def can_be_named(path: str) -> bool:
-    """Whether a comparison file can name what lies at this `address`."""
-    return bool(CELL.fullmatch(path)) or not isinstance(at(path), Path) or Path(path).is_absolute()
 
 
 def _picture_column(rows: Rows) -> str | None:

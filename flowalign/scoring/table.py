@@ -118,6 +118,14 @@ def metadata(cards: Mapping[str, Card]) -> dict[bytes, bytes]:
     return {KEY: json.dumps(about).encode()}
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file says of itself that it is a score table."""
+    try:
+        return path.suffix == ".parquet" and KEY in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def read_table(path: Path) -> ScoreTable:
     """Read a table that `ScoreTable.write` wrote. Raises DataError for anything else."""
     try:

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowalign.data.readers import open_comparisons
+from flowalign.data.writer import can_be_named
 from flowalign.errors import DataError
-from flowalign.scoring.sources import Items, can_be_named, open_items
+from flowalign.scoring.sources import Items, open_items
 from tests.scoring.pixels import encoded, folder_of, picture
 
 COUNT = 5
