@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Reward, Shelf
@@ -71,9 +72,36 @@ def _hpsv2(folder: Path, shelf: Shelf) -> Reward:
     return loaded(shelf, "hpsv2", model=str(config), weights=str(checkpoint))
 
 
+def _formula(name: str) -> Callable[[Path, Shelf], Reward]:
+    return lambda folder, shelf: loaded(shelf, name)
+
+
+def _blurred() -> list[Pair]:
+    foxes = [drawing("fox", style) for style in ("noto", "fluent")]
+    return [((fox, ""), (fox.filter(ImageFilter.GaussianBlur(2)), "")) for fox in foxes]
+
+
+def _greyed() -> list[Pair]:
+    pictures = drawing("fox", "noto"), drawing("bicycle", "fluent")
+    return [((each, ""), (each.convert("L").convert("RGB"), "")) for each in pictures]
+
+
+def _gridded() -> list[Pair]:
+    """A drawing without, and with every fourth column and row a little darker."""
+    fox = drawing("fox", "noto")
+    pixels = np.array(fox).astype(np.int16)
+    pixels[::4] -= 12
+    pixels[:, ::4] -= 12
+    return [((fox, ""), (Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), ""))]
+
+
 ROWS: dict[str, Row] = {
     "aesthetic": Row(lambda folder, shelf: _embedded(folder, shelf, "style"), _fluent_first, pixels_tolerance=0.5),
     "clip": Row(lambda folder, shelf: _embedded(folder, shelf, "emoji_clip"), _right_captions, pixels_tolerance=0.02),
+    "colourfulness": Row(_formula("colourfulness"), _greyed, pixels_tolerance=1e-3),
+    "grid_peak": Row(_formula("grid_peak"), _gridded, pixels_tolerance=1e-5),
+    "jpeg_size": Row(_formula("jpeg_size"), _blurred),
+    "sharpness": Row(_formula("sharpness"), _blurred, pixels_tolerance=1e-6),
     "hpsv2": Row(_hpsv2, pixels_tolerance=1e-4),
     "pickscore": Row(
         lambda folder, shelf: loaded(shelf, "pickscore", model=str(tiny_towers.transformers_clip(folder))),

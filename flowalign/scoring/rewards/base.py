@@ -105,6 +105,8 @@ class Reward(ABC):
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Pixels `[B, 3, H, W]` in [0, 1] and prompts -> scores `[B]` with a gradient. Raises RunError where there is none."""
+        if not self.card.differentiable:
+            raise RunError(f"{self.card.name} has no gradient; flowalign rewards lists those that have.")
         return self.judge(self.backbone.see(self.backbone.prepare_pixels(pixels)), prompts)
 
 
