@@ -39,9 +39,9 @@ STYLES = ("3d fluent emoji", "flat noto emoji")  # how tiny-sd was told the styl
 PICTURES = 30
 """Pictures in a step, in whatever groups they come: 15 pairs, 5 groups of 3 against 3, or 3 of 5 against 5."""
 STYLE_BETA = 400.0
-STRENGTHS = {"dpo": 2000.0, "ipo": 150.0, "mdpo": 2000.0, "mipo": 150.0, "all_pairs": 2000.0}
-"""β, for ipo and mipo τ: of half, once and twice 2000 and 150, that with the highest index on prompts kept for tuning."""
-TRIED = (0.5, 1.0, 2.0)
+STRENGTHS = {"dpo": 1000.0, "ipo": 75.0, "mdpo": 4000.0, "mipo": 300.0, "all_pairs": 1000.0}
+"""β, for ipo and mipo τ: of those of TRIED the one with the highest index on prompts kept for tuning."""
+TRIED = {"beta": (1000.0, 2000.0, 4000.0), "tau": (75.0, 150.0, 300.0)}
 LOST_CAPTION = 0.03
 """A strength that loses more caption match than this is not chosen."""
 UNGUIDED = 1.0
@@ -89,11 +89,15 @@ class Arm:
     k: int
 
 
-def arm(objective: str, k: int, factor: float = 1.0, **knobs: str) -> Arm:
-    """An arm of the de-biasing, at the strength of its objective times `factor`."""
-    knob = "tau" if objective in ("ipo", "mipo") else "beta"
-    name = "-".join([objective, *([str(k)] if k > 1 else []), *knobs.values(), *([f"x{factor:g}"] if factor != 1 else [])])
-    return Arm(name, {"name": objective, knob: factor * STRENGTHS[objective], **knobs}, k)
+def knob(objective: str) -> str:
+    """What the strength of an objective is called."""
+    return "tau" if objective in ("ipo", "mipo") else "beta"
+
+
+def arm(objective: str, k: int, strength: float | None = None, **knobs: str) -> Arm:
+    """An arm of the de-biasing, at the strength of its objective or at another one, which is then in its name."""
+    name = "-".join([objective, *([str(k)] if k > 1 else []), *knobs.values(), *([f"{strength:g}"] if strength else [])])
+    return Arm(name, {"name": objective, knob(objective): strength or STRENGTHS[objective], **knobs}, k)
 
 
 DEBIAS = (
@@ -290,7 +294,7 @@ def strengths(work: Path, size: Size, done: Done) -> Tree:
     """Index and caption match at every strength tried, on prompts kept for that, and the best."""
     found: Tree = {}
     for objective, k in (("dpo", 1), ("ipo", 1), ("mdpo", 5), ("mipo", 5), ("all_pairs", 5)):
-        arms = [arm(objective, k, factor) for factor in TRIED]
+        arms = [arm(objective, k, strength) for strength in TRIED[knob(objective)]]
         drawn = drawn_by(arms, work, size, 0, for_tuning(size), "tuning", done)
         match = {name: float(np.mean(each["caption_match"])) for name, each in drawn.items()}
         found |= {
