@@ -110,7 +110,8 @@ def test_arms_are_configurations_that_see_as_many_pictures(arm: multi_sample.Arm
     parsed = config.parse(tree)
     assert 2 * arm.k * parsed.train.batch_size == multi_sample.PICTURES
     objective, knobs = load_objective(parsed)
-    assert knobs.get("tau", knobs.get("beta")) == (150 if "ipo" in arm.name else 2000)
+    knob = multi_sample.knob(arm.objective["name"])
+    assert knobs[knob] == multi_sample.STRENGTHS[arm.objective["name"]] in multi_sample.TRIED[knob]
     assert objective.takes == ("pairs" if arm.k == 1 else "groups")
 
 
