@@ -1,6 +1,9 @@
 """Multi-sample preference optimisation (Wang et al. 2024, arXiv 2410.12138) on the emoji: de-biasing, and label noise.
 
-    python -m benchmarks.papers.multi_sample [--work runs/multi_sample] [--seeds 0] [--quick]
+    python -m benchmarks.papers.multi_sample [--work runs/multi_sample] [--seeds 0] [--only tones noise] [--quick]
+    python -m benchmarks.papers.multi_sample --only strengths
+
+The second compares strengths of the losses on train prompts that no vote was about; STRENGTHS holds what it found.
 
 What is finished in --work is kept: a call that was stopped goes on where it was. Figures go to docs/results, or with
 --quick, which is a smoke test, into --work.
@@ -18,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from benchmarks.papers import groups, tones
@@ -34,9 +38,12 @@ HELD_OUT_PAIRS = "samples/emoji/preferences/fluent_over_noto-held_out.jsonl"
 STYLES = ("3d fluent emoji", "flat noto emoji")  # how tiny-sd was told the style while it was pretrained
 PICTURES = 30
 """Pictures in a step, in whatever groups they come: 15 pairs, 5 groups of 3 against 3, or 3 of 5 against 5."""
-TONE_BETA, STYLE_BETA = 2000.0, 400.0
-TAU = 150.0
-"""ipo and mipo draw Δ to 1/(2τ) = 0.0033, which is about where mdpo with 5 against 5 arrives."""
+STYLE_BETA = 400.0
+STRENGTHS = {"dpo": 1000.0, "ipo": 75.0, "mdpo": 4000.0, "mipo": 300.0, "all_pairs": 1000.0}
+"""β, for ipo and mipo τ: of those of TRIED the one with the highest index on prompts kept for tuning."""
+TRIED = {"beta": (1000.0, 2000.0, 4000.0), "tau": (75.0, 150.0, 300.0)}
+LOST_CAPTION = 0.03
+"""A strength that loses more caption match than this is not chosen."""
 UNGUIDED = 1.0
 """Guidance of the pictures whose tones are counted: at 3 all seeds of a prompt come out in one tone."""
 BIASED = ((0, 0, 0, 1, 2), (0, 0, 0, 3, 4))
@@ -45,6 +52,7 @@ LAW = (0.6, 0.1, 0.1, 0.1, 0.1)
 """Shares of the tones, light first, that BIASED shows, and by which the groups are drawn."""
 RATES = (0.0, 0.4, 0.2, 0.3, 0.1)
 Tree = dict[str, Any]
+Done = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,14 +68,16 @@ class Size:
     style_steps: int
     people: int
     """Held-out prompts of people and hands."""
+    tuning: int
+    """Train prompts of people that no vote is about."""
     draws: int
     """Pictures of each."""
     captions: int
     """Held-out captions whose style is judged."""
 
 
-FULL = Size(base_steps=150, concepts=200, prompts=60, tone_steps=30, style_steps=35, people=30, draws=8, captions=60)
-QUICK = Size(base_steps=2, concepts=3, prompts=3, tone_steps=2, style_steps=2, people=2, draws=2, captions=2)
+FULL = Size(base_steps=150, concepts=200, prompts=60, tone_steps=30, style_steps=35, people=45, tuning=30, draws=8, captions=60)
+QUICK = Size(base_steps=2, concepts=3, prompts=3, tone_steps=2, style_steps=2, people=2, tuning=2, draws=2, captions=2)
 
 
 @dataclass(frozen=True)
@@ -79,15 +89,26 @@ class Arm:
     k: int
 
 
+def knob(objective: str) -> str:
+    """What the strength of an objective is called."""
+    return "tau" if objective in ("ipo", "mipo") else "beta"
+
+
+def arm(objective: str, k: int, strength: float | None = None, **knobs: str) -> Arm:
+    """An arm of the de-biasing, at the strength of its objective or at another one, which is then in its name."""
+    name = "-".join([objective, *([str(k)] if k > 1 else []), *knobs.values(), *([f"{strength:g}"] if strength else [])])
+    return Arm(name, {"name": objective, knob(objective): strength or STRENGTHS[objective], **knobs}, k)
+
+
 DEBIAS = (
-    Arm("dpo", {"name": "dpo", "beta": TONE_BETA}, 1),
-    Arm("ipo", {"name": "ipo", "tau": TAU}, 1),
-    Arm("mdpo-3", {"name": "mdpo", "beta": TONE_BETA}, 3),
-    Arm("mdpo-5", {"name": "mdpo", "beta": TONE_BETA}, 5),
-    Arm("mipo-3", {"name": "mipo", "tau": TAU}, 3),
-    Arm("mipo-5", {"name": "mipo", "tau": TAU}, 5),
-    Arm("mipo-5-plug_in", {"name": "mipo", "tau": TAU, "estimator": "plug_in"}, 5),
-    Arm("all_pairs-5", {"name": "all_pairs", "beta": TONE_BETA}, 5),
+    arm("dpo", 1),
+    arm("ipo", 1),
+    arm("mdpo", 3),
+    arm("mdpo", 5),
+    arm("mipo", 3),
+    arm("mipo", 5),
+    arm("mipo", 5, estimator="plug_in"),
+    arm("all_pairs", 5),
 )
 
 
@@ -211,35 +232,78 @@ def tone_votes(work: Path, size: Size, seed: int) -> dict[int, Path]:
     return {k: write_rows(work / f"tones-{k}-{seed}.jsonl", each) for k, each in rows.items()}
 
 
-def judged_tones(source: str, out: Path, size: Size) -> Tree:
-    """Tones and caption match of what a model draws of held-out prompts: lists of one entry per picture, prompt by prompt."""
-    captions = list(dict.fromkeys(each.caption for each in known() if each.split == "held_out"))
-    prompts = spread(captions, size.people)
+def people(size: Size) -> list[str]:
+    """Held-out prompts of people and hands."""
+    return spread(list(dict.fromkeys(each.caption for each in known() if each.split == "held_out")), size.people)
+
+
+def for_tuning(size: Size) -> list[str]:
+    """Train prompts of people and hands that no vote is about."""
+    voted = {each.caption for each in known() if each.voted_on}
+    captions = dict.fromkeys(each.caption for each in known() if each.split == "train" and each.caption not in voted)
+    return spread(list(captions), size.tuning)
+
+
+def judged_tones(source: str, out: Path, size: Size, prompts: Sequence[str]) -> Tree:
+    """Tones and caption match of what a model draws: lists of one entry per picture, prompt by prompt."""
     pictures = draw(source, prompts, range(size.draws), out, UNGUIDED)
     told = [prompt for prompt in prompts for _ in range(size.draws)]
     match = judges()["caption_match"].score(pictures, told).tolist()
-    return {"prompts": prompts, "tones": tone_judge()(pictures), "caption_match": match}
+    return {"prompts": list(prompts), "tones": tone_judge()(pictures), "caption_match": match}
 
 
-def debias(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], None]) -> Tree:
+def tone_tree(base: str, files: dict[int, Path], arm: Arm, size: Size, seed: int, work: Path) -> Tree:
+    tree = settings(base, files[arm.k], arm, size.tone_steps, seed, work)
+    tree["train"] |= {"timestep_range": [0.5, 1.0], "learning_rate": 3e-4}  # the times at which a tone is decided
+    return tree
+
+
+def drawn_by(
+    arms: Sequence[Arm], work: Path, size: Size, seed: int, prompts: list[str], kind: str, done: Done
+) -> dict[str, Tree]:
+    """What the biased base and every arm draw of the prompts, by name; `kind` names the prompts."""
     base = biased_base(work, size)
     done("biased base")
-    about = {"people": size.people, "draws": size.draws, "guidance": UNGUIDED}
-    arms = {"base": [kept(work / "base" / "figures.json", about, lambda: judged_tones(base, work / "base" / "drawn", size))]}
-    for seed in seeds:
-        files = tone_votes(work, size, seed)
-        for arm in DEBIAS:
-            folder = work / "tones" / f"{arm.name}-{seed}"
-            tree = settings(base, files[arm.k], arm, size.tone_steps, seed, work)
-            tree["train"] |= {"timestep_range": [0.5, 1.0], "learning_rate": 3e-4}  # the times at which a tone is decided
+    about = {"prompts": prompts, "draws": size.draws, "guidance": UNGUIDED}
 
-            def make(tree: Tree = tree, folder: Path = folder) -> Tree:
-                learned = align(tree, folder / "run")
-                return judged_tones(str(folder / "run"), folder / "drawn", size) | {"learned": learned}
+    def judged(source: str, folder: Path) -> Tree:
+        return judged_tones(source, folder / kind, size, prompts)
 
-            arms.setdefault(arm.name, []).append(kept(folder / "figures.json", tree | about, make))
-            done(f"{arm.name}, seed {seed}: index {mean_index(arms[arm.name][-1], size.draws):.3f}")
-    return {"judge": tone_judge().accuracy, "arms": arms, "draws": size.draws}
+    found = {"base": kept(work / "base" / f"{kind}.json", about, lambda: judged(base, work / "base"))}
+    files = tone_votes(work, size, seed)
+    for arm in arms:
+        folder = work / "tones" / f"{arm.name}-{seed}"
+        tree = tone_tree(base, files, arm, size, seed, work)
+
+        def make(tree: Tree = tree, folder: Path = folder) -> Tree:
+            learned = align(tree, folder / "run")
+            return judged(str(folder / "run"), folder) | {"learned": learned}
+
+        found[arm.name] = kept(folder / f"{kind}.json", tree | about, make)
+        done(f"{arm.name}, seed {seed}: index {mean_index(found[arm.name], size.draws):.3f} on {kind} prompts")
+    return found
+
+
+def debias(work: Path, size: Size, seeds: Sequence[int], done: Done) -> Tree:
+    each = [drawn_by(DEBIAS, work, size, seed, people(size), "held_out", done) for seed in seeds]
+    arms = {name: [found[name] for found in each] for name in each[0]}
+    return {"judge": tone_judge().accuracy, "arms": arms | {"base": arms["base"][:1]}, "draws": size.draws}
+
+
+def strengths(work: Path, size: Size, done: Done) -> Tree:
+    """Index and caption match at every strength tried, on prompts kept for that, and the best."""
+    found: Tree = {}
+    for objective, k in (("dpo", 1), ("ipo", 1), ("mdpo", 5), ("mipo", 5), ("all_pairs", 5)):
+        arms = [arm(objective, k, strength) for strength in TRIED[knob(objective)]]
+        drawn = drawn_by(arms, work, size, 0, for_tuning(size), "tuning", done)
+        match = {name: float(np.mean(each["caption_match"])) for name, each in drawn.items()}
+        found |= {
+            name: {"index": mean_index(each, size.draws), "caption_match": match[name] - match["base"]}
+            for name, each in drawn.items()
+        }
+        fit = [arm.name for arm in arms if found[arm.name]["caption_match"] > -LOST_CAPTION] or [arms[-1].name]
+        done(f"{objective}: best {max(fit, key=lambda name: found[name]['index'])}")
+    return found
 
 
 def mean_index(figures: Tree, draws: int) -> float:
@@ -290,7 +354,7 @@ def judged_style(source: str, out: Path, size: Size) -> Tree:
     return {name: judge.score(pictures, prompts).tolist() for name, judge in judges().items()}
 
 
-def label_noise(work: Path, size: Size, seeds: Sequence[int], done: Callable[[str], None]) -> Tree:
+def label_noise(work: Path, size: Size, seeds: Sequence[int], done: Done) -> Tree:
     pool = style_pool(work, size)
     done("pool of styles")
     about = {"captions": size.captions}
@@ -326,7 +390,11 @@ def main() -> None:
     def done(what: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {what}", flush=True)
 
-    found: Tree = {"seeds": options.seeds}
+    if "strengths" in options.only:
+        found = strengths(work, size, done)
+        write_text(work / "strengths.json", json.dumps(found, indent=1) + "\n")
+        return
+    found = {"seeds": options.seeds}
     if "tones" in options.only:
         found["debias"] = debias(work, size, options.seeds, done)
     if "noise" in options.only:
@@ -339,7 +407,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     made.add_argument("--work", type=Path, default=Path("runs/multi_sample"), help="where finished parts are kept")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
-    made.add_argument("--only", nargs="+", choices=("tones", "noise"), default=["tones", "noise"])
+    made.add_argument("--only", nargs="+", choices=("tones", "noise", "strengths"), default=["tones", "noise"])
     made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 

@@ -133,7 +133,9 @@ def plot(debias: dict[str, Tree], noise: dict[tuple[int, bool], dict[float, Tree
     for place, (name, row) in enumerate(debias.items()):
         found = row["index"]
         spread = [[found.value - found.low], [found.high - found.value]]
-        left.errorbar(found.value, -place, xerr=spread, fmt="o", color="0.5" if name == "base" else f"C{name.startswith('m')}")
+        left.errorbar(
+            found.value, -place, xerr=spread, fmt="o", color="0.5" if name == "base" else "C1" if name[0] == "m" else "C0"
+        )
     left.set_yticks([-place for place in range(len(debias))], list(debias))
     left.set_xlabel("Simpson index of tones, held-out prompts, 95 % interval")
     for place, (arm, cells) in enumerate(noise.items()):
@@ -162,7 +164,7 @@ def sheet(work: Path, names: Sequence[str], prompts: Sequence[str], draws: int, 
         pen.text((4, 46 + 66 * down), name, fill="black")
         for across, place in enumerate(places):
             for seed in range(columns):
-                picture = Image.open(folder / "drawn" / f"{place * draws + seed:05d}-{seed}.png")
+                picture = Image.open(folder / "held_out" / f"{place * draws + seed:05d}-{seed}.png")
                 canvas.paste(picture, (110 + 66 * (columns * across + seed), 22 + 66 * down))
     canvas.save(path, optimize=True)
 

@@ -110,7 +110,8 @@ def test_arms_are_configurations_that_see_as_many_pictures(arm: multi_sample.Arm
     parsed = config.parse(tree)
     assert 2 * arm.k * parsed.train.batch_size == multi_sample.PICTURES
     objective, knobs = load_objective(parsed)
-    assert knobs.get("tau", knobs.get("beta")) == (150 if "ipo" in arm.name else 2000)
+    knob = multi_sample.knob(arm.objective["name"])
+    assert knobs[knob] == multi_sample.STRENGTHS[arm.objective["name"]] in multi_sample.TRIED[knob]
     assert objective.takes == ("pairs" if arm.k == 1 else "groups")
 
 
@@ -139,7 +140,12 @@ def test_colours_are_shares() -> None:
 def test_the_judge_sees_no_concept_that_votes_are_about() -> None:
     voted = {each.caption for each in multi_sample.known() if each.voted_on}
     assert 100 < len(voted) < 140
-    assert not voted & {each.caption for each in multi_sample.known() if each.split == "held_out"}
+    held_out = set(multi_sample.people(multi_sample.FULL))
+    tuning = set(multi_sample.for_tuning(multi_sample.FULL))
+    assert (len(held_out), len(tuning)) == (45, 30)
+    assert not voted & held_out
+    assert not voted & tuning
+    assert not held_out & tuning
 
 
 def test_what_is_kept_is_made_anew_for_other_settings(tmp_path: Path) -> None:
@@ -194,7 +200,7 @@ def test_the_smoke_test_runs_and_goes_on_where_it_was(tmp_path: Path, root: Path
     folder = tmp_path / "quick"
     page = (folder / "multi_sample.md").read_text()
     assert all(f"| {arm.name} | 0." in page for arm in multi_sample.DEBIAS)
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("figures.json")}
+    written = {path: path.stat().st_mtime_ns for name in ("figures.json", "held_out.json") for path in folder.rglob(name)}
     assert len(written) == 1 + 8 + 17
     monkeypatch.setattr(multi_sample, "align", None)  # nothing is left to train
     multi_sample.main()
