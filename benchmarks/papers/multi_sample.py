@@ -13,23 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from benchmarks.papers import groups, tones
 from benchmarks.papers.multi_sample_page import write_page
-from flowalign import config as configuration
-from flowalign import runs
-from flowalign.demo import GUIDANCE, STEPS, held_out_captions
-from flowalign.evaluate.judges import load_judges
+from benchmarks.papers.stages import Tree, align, draw, judges, kept, write_rows
+from flowalign.demo import GUIDANCE, held_out_captions
 from flowalign.files import write_text
 
 TINY = "samples/emoji/tiny-sd"
@@ -51,7 +46,6 @@ BIASED = ((0, 0, 0, 1, 2), (0, 0, 0, 3, 4))
 LAW = (0.6, 0.1, 0.1, 0.1, 0.1)
 """Shares of the tones, light first, that BIASED shows, and by which the groups are drawn."""
 RATES = (0.0, 0.4, 0.2, 0.3, 0.1)
-Tree = dict[str, Any]
 Done = Callable[[str], None]
 
 
@@ -140,41 +134,6 @@ def settings(checkpoint: str, comparisons: Path, arm: Arm, steps: int, seed: int
     }
 
 
-def write_rows(path: Path, rows: Sequence[Tree]) -> Path:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def align(tree: Tree, out: Path) -> dict[str, float]:
-    """Train, or take up again what was stopped; the run's last metrics. A run with other settings is replaced."""
-    config = configuration.parse(tree | {"output": str(out)})
-    if (out / "config.yaml").is_file() and configuration.load(out / "config.yaml") != config:
-        shutil.rmtree(out)
-    result = runs.align(config, resume=True, progress=False)
-    if not result["finished"]:
-        raise SystemExit(result["summary"])
-    return result["metrics"]
-
-
-def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], out: Path, guidance: float) -> list[Image.Image]:
-    """A picture per prompt and seed, prompt by prompt."""
-    runs.generate(
-        source, prompts, seeds=seeds, out=out, steps=STEPS, guidance=guidance, batch_size=30, precision="bf16", progress=False
-    )
-    names = [f"{place:05d}-{seed}.png" for place, seed in enumerate(s for _ in prompts for s in seeds)]
-    return [Image.open(out / name).convert("RGB") for name in names]
-
-
-def kept(path: Path, about: Tree, make: Callable[[], Tree]) -> Tree:
-    """What `make` gave when it was last called with these settings, from `path`, or what it gives now."""
-    about = json.loads(json.dumps(about))
-    if path.is_file() and (found := json.loads(path.read_text()))["about"] == about:
-        return found["figures"]
-    figures = make()
-    write_text(path, json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
-    return figures
-
-
 # ------------------------------------------------------------------------------------------------ de-biasing
 @cache
 def known() -> list[tones.Drawing]:
@@ -184,11 +143,6 @@ def known() -> list[tones.Drawing]:
 @cache
 def tone_judge() -> tones.ToneJudge:
     return tones.fit_judge(known())
-
-
-@cache
-def judges() -> dict[str, Any]:
-    return {judge.name: judge for judge in load_judges("samples/emoji/judges")}
 
 
 def by_caption(drawings: Sequence[tones.Drawing]) -> dict[str, dict[int, str]]:

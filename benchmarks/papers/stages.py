@@ -1,0 +1,60 @@
+"""Steps of reproductions that train several models and draw with them; what is finished is kept on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flowalign import config as configuration
+from flowalign import runs
+from flowalign.demo import STEPS
+from flowalign.evaluate.judges import load_judges
+from flowalign.files import write_text
+
+Tree = dict[str, Any]
+
+
+def write_rows(path: Path, rows: Sequence[Tree]) -> Path:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def align(tree: Tree, out: Path) -> dict[str, float]:
+    """Train, or take up again what was stopped; the run's last metrics. A run with other settings is replaced."""
+    config = configuration.parse(tree | {"output": str(out)})
+    if (out / "config.yaml").is_file() and configuration.load(out / "config.yaml") != config:
+        shutil.rmtree(out)
+    result = runs.align(config, resume=True, progress=False)
+    if not result["finished"]:
+        raise SystemExit(result["summary"])
+    return result["metrics"]
+
+
+def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], out: Path, guidance: float) -> list[Image.Image]:
+    """A picture per prompt and seed, prompt by prompt."""
+    runs.generate(
+        source, prompts, seeds=seeds, out=out, steps=STEPS, guidance=guidance, batch_size=30, precision="bf16", progress=False
+    )
+    names = [f"{place:05d}-{seed}.png" for place, seed in enumerate(s for _ in prompts for s in seeds)]
+    return [Image.open(out / name).convert("RGB") for name in names]
+
+
+def kept(path: Path, about: Tree, make: Callable[[], Tree]) -> Tree:
+    """What `make` gave when it was last called with these settings, from `path`, or what it gives now."""
+    about = json.loads(json.dumps(about))
+    if path.is_file() and (found := json.loads(path.read_text()))["about"] == about:
+        return found["figures"]
+    figures = make()
+    write_text(path, json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
+    return figures
+
+
+@cache
+def judges() -> dict[str, Any]:
+    return {judge.name: judge for judge in load_judges("samples/emoji/judges")}
