@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowalign.runs.selection import calibrate as calibrate
     from flowalign.runs.selection import margins as margins
     from flowalign.runs.selection import select as select
+    from flowalign.runs.serving import serve as serve
     from flowalign.runs.training import align as align
     from flowalign.runs.training import plan as plan
     from flowalign.runs.training import suggest_beta as suggest_beta
@@ -31,6 +32,7 @@ _VERBS = {
     "rewards": ("list_rewards",),
     "scoring": ("score",),
     "selection": ("calibrate", "select", "margins"),
+    "serving": ("serve",),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
 }
 _MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}
