@@ -56,7 +56,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "serve", "flowalign serve") from error
 
-    _check_parts(generator, upstream, flow, rewards)
+    _check_parts(generator, upstream, flow, strength, rewards)
     key = os.environ.get(KEY) or None if api_key is None else api_key
     other = os.environ.get(UPSTREAM_KEY) or None if upstream_key is None else upstream_key
     accesses.check_bind(host, key, allow_public=allow_public)
@@ -99,8 +99,12 @@ def serve(
     return {"address": address, "requests": answered, "summary": f"{answered} requests answered"}
 
 
-def _check_parts(generator: str | None, upstream: str | None, flow: str | None, rewards: Sequence[str]) -> None:
+def _check_parts(
+    generator: str | None, upstream: str | None, flow: str | None, strength: float | None, rewards: Sequence[str]
+) -> None:
     """Raises ConfigError for parts that make no server."""
+    if strength is not None and (flow is None or not 0 <= strength <= 1):
+        raise ConfigError(f"--strength is {strength:g}; it goes with --flow RUN and must be from 0 to 1.")
     if generator is not None and upstream is not None:
         raise ConfigError("--generator and --upstream are two ways to get pictures; give one of them.")
     if generator is None and upstream is None:
@@ -136,8 +140,6 @@ def _improve(run: str, strength: float | None, device: str) -> Improve:
     from flowalign.device import choose_device
     from flowalign.flow.improve import load_flow
 
-    if strength is not None and not 0 <= strength <= 1:
-        raise ConfigError(f"--strength is {strength:g}; it must be from 0 to 1.")
     flow = load_flow(run, device=choose_device(device))
     solve = flow.solve if strength is None else flow.solve.model_copy(update={"strength": strength})
     return lambda images, prompts: flow.apply(images, prompts, solve=solve).pictures

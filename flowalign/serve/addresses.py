@@ -55,6 +55,8 @@ class Allowed:
         """Raises ConfigError for an upstream or host that cannot be one."""
         try:
             self.own = origin(upstream)
+            if "?" in upstream or "#" in upstream:
+                raise NotAllowed("it carries a query")
         except NotAllowed as error:
             raise ConfigError(
                 f"--upstream {redacted(upstream)} cannot be used: {error}; give http(s)://HOST[:PORT]/v1."

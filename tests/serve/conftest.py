@@ -78,7 +78,9 @@ def generator(serve: Callable[[Service], str]) -> Callable[..., str]:
     """generator(draw, improve=...): the address of a server that draws."""
 
     def start(function: Any = draw, *, improve: Any = None, **limits: Any) -> str:
-        return serve(make_service(Generating(function, ("gradient", "other")), improve=improve, limits=Limits(**QUICK | limits)))
+        return serve(
+            make_service(Generating(function, ("gradient", "other")), improve=improve, limits=Limits(**QUICK | limits))
+        )
 
     return start
 

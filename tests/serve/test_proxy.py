@@ -127,7 +127,12 @@ def test_without_a_flow_the_answer_is_the_upstreams_byte_for_byte(
 def test_only_named_headers_pass_in_either_direction(
     proxy: Callable[..., str], post: Callable[..., httpx.Response], upstream: Upstream
 ) -> None:
-    passed = {"x-ratelimit-remaining-requests": "9", "openai-processing-ms": "12", "retry-after": "3", "x-should-retry": "false"}
+    passed = {
+        "x-ratelimit-remaining-requests": "9",
+        "openai-processing-ms": "12",
+        "retry-after": "3",
+        "x-should-retry": "false",
+    }
     kept = {"set-cookie": "a=b", "server": "secret", "x-flowalign": "forged", "x-powered-by": "tests"}
     upstream.answer = lambda asked: reply({"created": 1, "data": [{"b64_json": ""}]}, passed | kept)
     sent = {"cookie": "c=d", "x_forwarded_for": "1.2.3.4", "openai_project": "p", "api_key": "azure", "x_flowalign_key": "ours"}
@@ -175,6 +180,7 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
             "untouched; reason=animation",
         ),
     ],
+    ids=["profile", "opaque", "grey", "transparent", "cut", "junk", "gif", "svg", "large", "animated"],
 )
 def test_what_a_flow_cannot_move_arrives_byte_for_byte(
     proxy: Callable[..., str], client: Callable[..., openai.OpenAI], upstream: Upstream, data: bytes, header: str

@@ -118,6 +118,8 @@ def running(upstream: Upstream) -> Iterator[Upstream]:
                     return
         except (asyncio.IncompleteReadError, ConnectionError):
             upstream.gone += 1
+        except asyncio.CancelledError:  # the server ends
+            pass
         finally:
             writer.close()
 
