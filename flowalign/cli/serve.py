@@ -29,9 +29,7 @@ def add(command: Command) -> None:
     serve.add_argument("--upstream", metavar="URL", help="stand in front of this images API, such as https://HOST/v1")
     serve.add_argument("--flow", metavar="RUN", help="move every picture along the flow of this run folder")
     serve.add_argument("--strength", type=scale, metavar="S", help="how far, 0 to 1; by default as the run says")
-    serve.add_argument(
-        "--reward", action="extend", nargs="+", default=[], dest="rewards", metavar="NAME", help="offer it at /v1/score"
-    )
+    serve.add_argument("--rewards", action="extend", nargs="+", default=[], metavar="NAME|FILE", help="offer them at /v1/score")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s)")
     serve.add_argument("--port", type=natural, default=8000, help="0 takes a free one (%(default)s)")
     serve.add_argument(

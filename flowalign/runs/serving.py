@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowalign import plugins
 from flowalign.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def serve(
     upstream: str | None = None,
     flow: str | None = None,
     strength: float | None = None,
-    rewards: Sequence[str] = (),
+    rewards: Sequence[str | Mapping[str, Any]] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
@@ -45,9 +44,9 @@ def serve(
     """Serve until SIGINT or SIGTERM; requests in work are finished first.
 
     generator: a checkpoint to draw with; upstream: an images API to stand in front of, up to and with /v1; one of them, or
-    rewards alone. flow: a run folder, and strength how far it moves pictures. api_key, upstream_key: by default from
-    FLOWALIGN_API_KEY and FLOWALIGN_UPSTREAM_KEY. limits: values of `serve.limits.Limits` other than its own. Raises
-    ConfigError, CheckpointError and MissingExtraError.
+    rewards alone, see `scoring.loading.load_rewards`. flow: a run folder, and strength how far it moves pictures. api_key,
+    upstream_key: by default from FLOWALIGN_API_KEY and FLOWALIGN_UPSTREAM_KEY. limits: values of `serve.limits.Limits` other
+    than its own. Raises ConfigError, CheckpointError and MissingExtraError.
     """
     try:
         from flowalign.serve import access as accesses
@@ -85,12 +84,12 @@ def serve(
         service = app.make_service(
             source,
             improve=None if flow is None else _improve(flow, strength, device),
-            rewards=_rewards(rewards, device) if rewards else (),
+            rewards=_rewards(rewards, device, precision) if rewards else (),
             limits=bounds,
             access=access,
             public_url=public_url,
         )
-        what = (upstream and f"in front of {upstream}") or generator or f"scores by {', '.join(rewards)}"
+        what = (upstream and f"in front of {upstream}") or generator or f"scores by {', '.join(map(str, rewards))}"
         address = process.address(listening)
         print(f"serving {what} on {address}", flush=True)
         answered = process.serve(service, listening, level=log_level)
@@ -100,7 +99,7 @@ def serve(
 
 
 def _check_parts(
-    generator: str | None, upstream: str | None, flow: str | None, strength: float | None, rewards: Sequence[str]
+    generator: str | None, upstream: str | None, flow: str | None, strength: float | None, rewards: Sequence[Any]
 ) -> None:
     """Raises ConfigError for parts that make no server."""
     if strength is not None and (flow is None or not 0 <= strength <= 1):
@@ -111,7 +110,7 @@ def _check_parts(
         if flow is not None:
             raise ConfigError(f"--flow {flow} has nothing to move; add --upstream URL or --generator CHECKPOINT.")
         if not rewards:
-            raise ConfigError("there is nothing to serve; give --generator CHECKPOINT, --upstream URL or --reward NAME.")
+            raise ConfigError("there is nothing to serve; give --generator CHECKPOINT, --upstream URL or --rewards NAME.")
 
 
 def _generating(
@@ -145,9 +144,10 @@ def _improve(run: str, strength: float | None, device: str) -> Improve:
     return lambda images, prompts: flow.apply(images, prompts, solve=solve).pictures
 
 
-def _rewards(names: Sequence[str], device: str) -> list[Reward]:
+def _rewards(specs: Sequence[str | Mapping[str, Any]], device: str, precision: str) -> list[Reward]:
     from flowalign.device import choose_device
+    from flowalign.families.sampling import PRECISIONS
+    from flowalign.scoring.loading import load_rewards
     from flowalign.scoring.rewards.base import Shelf
 
-    shelf = Shelf(choose_device(device))
-    return [plugins.load("rewards", name)(shelf) for name in names]
+    return load_rewards(specs, Shelf(choose_device(device), PRECISIONS[precision]))
