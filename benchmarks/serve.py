@@ -132,7 +132,9 @@ def proxy(listening: socket.socket, url: str, flow: bool) -> None:
 @contextmanager
 def running(target: Any, *arguments: Any) -> Any:
     """(address, process) of a server on a free port of loopback."""
-    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    from flowalign.serve.process import listen
+
+    listening = listen("127.0.0.1", 0)
     process = multiprocessing.get_context("fork").Process(target=target, args=(listening, *arguments), daemon=True)
     process.start()
     try:
@@ -161,17 +163,19 @@ async def ask(url: str, prompts: Sequence[str]) -> list[tuple[str, float, httpx.
 def overhead(side: int, rounds: int, count: int, flow: bool) -> dict[str, Any]:
     """Medians of a request's time beyond what the upstream sleeps, with and without the proxy, in turns."""
     found: dict[str, list[float]] = {"direct": [], "proxy": []}
-    with running(upstream, side) as (direct, _), running(proxy, f"{direct}/v1", flow) as (between, _):
+    with running(upstream, side) as (direct, _), running(proxy, f"{direct}/v1", flow) as (between, process):
         urls = {"direct": direct, "proxy": between}
         for url in urls.values():
             asyncio.run(ask(url, [f"overhead {place}" for place in range(CLIENTS * 2)]))
         medians = {name: [] for name in urls}
+        before = cpu(process.pid)
         for turn in range(rounds):
             prompts = [f"overhead {turn * count + place}" for place in range(count)]
             for name, url in urls.items():
                 spent = [seconds - delay(prompt) for prompt, seconds, got in asyncio.run(ask(url, prompts)) if got.is_success]
                 found[name] += spent
                 medians[name].append(statistics.median(spent))
+        spent_by_proxy = cpu(process.pid) - before
     result = {name: 1000 * statistics.median(values) for name, values in found.items()}
     return {
         "requests_each_way": rounds * count,
@@ -182,6 +186,7 @@ def overhead(side: int, rounds: int, count: int, flow: bool) -> dict[str, Any]:
         "proxy_ms": round(result["proxy"], 2),
         "overhead_ms": round(result["proxy"] - result["direct"], 2),
         "overhead_ms_of_rounds": [round(1000 * (b - a), 2) for a, b in zip(medians["direct"], medians["proxy"], strict=True)],
+        "cpu_ms_of_the_proxy": round(1000 * spent_by_proxy / (rounds * count), 2),
         "load_average": os.getloadavg()[0],
     }
 
@@ -209,13 +214,20 @@ def resident(pid: int) -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process took."""
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+        parts = file.read().rpartition(")")[2].split()
+    return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def load(side: int, count: int) -> dict[str, Any]:
     """Every request is answered, none wrongly; the proxy's memory after each fifth of them."""
     prompts = [f"load {place}" for place in range(count)]
     statuses: Counter[str] = Counter()
     wrong, memory = [], []
     with running(upstream, side) as (direct, _), running(proxy, f"{direct}/v1", True) as (between, process):
-        asyncio.run(ask(between, [f"warm {place}" for place in range(CLIENTS * 4)]))
+        asyncio.run(ask(between, [f"load {count + place}" for place in range(100)]))  # each fault twice
         memory.append(round(resident(process.pid), 1))
         started = time.perf_counter()
         for start in range(0, count, count // 5):

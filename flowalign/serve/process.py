@@ -24,12 +24,23 @@ TALKATIVE = ("httpx", "httpcore", "uvicorn.access", "asyncio")
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ConfigError."""
+    if port > 65535:  # looking it up would take it modulo 65536
+        raise ConfigError(f"--port is {port}; it must be from 0 to 65535.")
+    listening = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        # asyncio switches Nagle's algorithm off only for sockets that say they are TCP: otherwise a small answer, written as
+        # headers and body, waits 40 ms for the caller's delayed acknowledgement.
+        listening = socket.socket(family, kind, socket.IPPROTO_TCP)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(1024)
     except (OSError, OverflowError) as error:
+        if listening is not None:
+            listening.close()
         said = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{host} port {port} cannot be listened on ({said}); choose another --port or --host.") from error
+    return listening
 
 
 def address(listening: socket.socket) -> str:

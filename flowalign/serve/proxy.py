@@ -19,7 +19,7 @@ from flowalign.serve.limits import Limits
 from flowalign.serve.metrics import Metrics
 from flowalign.serve.upstream import Answer, Upstream, passed_on, pictures_of
 
-LARGE = 1 << 18
+LARGE = 1 << 20
 """Bytes from which JSON is read and written beside the event loop."""
 log = logging.getLogger("flowalign.serve")
 

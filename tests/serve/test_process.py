@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -161,7 +162,7 @@ def test_who_does_not_finish_is_cut_off_at_the_end_of_patience(command: Callable
         ("--upstream http://b/v1 --flow runs/f --strength 2", "from 0 to 1"),
         ("--upstream http://b/v1 --strength 0.5", "it goes with --flow"),
         ("--upstream http://b/v1 --flow-timeout 0", "flow_timeout is 0"),
-        ("--upstream http://b/v1 --port 99999", "cannot be listened on"),
+        ("--upstream http://b/v1 --port 99999", "from 0 to 65535"),
         ("--upstream http://b/v1 --host 203.0.113.1 --allow-public", "cannot be listened on"),
         ("--rewards nothing", "'nothing' is not one of the rewards"),
     ],
@@ -181,6 +182,25 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as taken:
         assert cli.main(["serve", "--upstream", "http://b/v1", "--port", str(taken.getsockname()[1])]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+    async def run() -> int:
+        options: list[int] = []
+
+        def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            made = writer.get_extra_info("socket")
+            options.append(made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(note, sock=listening):
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                await reader.read()
+                writer.close()
+        return options[0]
+
+    assert asyncio.run(run()) != 0
 
 
 def test_it_is_documented_what_it_answers(serve: Callable[..., str], upstream: Upstream) -> None:
