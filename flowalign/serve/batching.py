@@ -31,10 +31,12 @@ class Worker:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="flowalign-model", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="flowalign-model", daemon=True)
+            self._thread.start()
         future: Future[Result] = Future()
         self._calls.put((function, future))
         return future

@@ -14,7 +14,7 @@ import httpx
 
 from flowalign.serve.limits import Limits
 from flowalign.serve.metrics import Metrics
-from flowalign.serve.problems import Problem, upstream_problem
+from flowalign.serve.problems import Problem, refused, upstream_problem
 
 ASKED_WITH = (
     "authorization",
@@ -71,13 +71,13 @@ class Upstream:
         self, method: str, path: str, headers: Mapping[str, str], *, query: str = "", content: bytes | None = None
     ) -> Answer:
         """Ask once. A request is never repeated here: the first may have been paid for."""
-        sent = {name: headers[name] for name in ASKED_WITH if name in headers}
-        sent |= {"accept": "application/json", "accept-encoding": "identity"}
+        sent = {name.encode(): headers[name].encode("latin-1") for name in ASKED_WITH if name in headers}  # as it came
+        sent |= {b"accept": b"application/json", b"accept-encoding": b"identity"}
         if self._key is not None:
-            sent.pop("api-key", None)
-            sent["authorization"] = f"Bearer {self._key}"
+            sent.pop(b"api-key", None)
+            sent[b"authorization"] = f"Bearer {self._key}".encode()
         if content is not None:
-            sent["content-type"] = "application/json"
+            sent[b"content-type"] = b"application/json"
         url = f"{self.url}{path}{'?' + query if query else ''}"
         started = time.perf_counter()
         try:
@@ -93,6 +93,8 @@ class Upstream:
             raise self._failed(504, f"could not be reached in {limit:g} s", "upstream_timeout", again=True) from None
         except (httpx.ConnectError, httpx.PoolTimeout):
             raise self._failed(502, "cannot be reached", "upstream_unreachable", again=True) from None
+        except httpx.InvalidURL:
+            raise refused("The query cannot be passed on.") from None
         except httpx.HTTPError:  # the connection broke, or what came is not HTTP
             raise self._failed(502, "broke off its answer", "upstream_broken") from None
         self.metrics.upstream_seconds.observe(time.perf_counter() - started)
@@ -100,12 +102,13 @@ class Upstream:
             self.metrics.upstream_failures.add(str(answer.status))
         return answer
 
-    async def _ask(self, method: str, url: str, headers: dict[str, str], content: bytes | None) -> Answer:
+    async def _ask(self, method: str, url: str, headers: dict[bytes, bytes], content: bytes | None) -> Answer:
         async with self._client.stream(method, url, headers=headers, content=content) as response:
             status = response.status_code
             if not (200 <= status < 300 or 400 <= status < 600):
                 raise _problem(502, f"answered with status {status}", "upstream_invalid")
-            shown = {name: value for name, value in response.headers.items() if name.startswith(ANSWERED_WITH)}
+            told = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers.raw}
+            shown = {name: value for name, value in told.items() if name.startswith(ANSWERED_WITH)}
             return Answer(status, shown, await self._body(response))
 
     async def _body(self, response: httpx.Response) -> bytes:

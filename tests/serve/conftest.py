@@ -29,28 +29,34 @@ def draw(prompts: Sequence[str], seeds: Sequence[int], *, size: tuple[int, int] 
     return [gradient(prompt, seed, size) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
+@pytest.fixture(scope="session")
+def ending() -> Iterator[list[threading.Thread]]:
+    """Servers that were told to end: looked after when all tests are done, because each takes a while."""
+    threads: list[threading.Thread] = []
+    yield threads
+    for thread in threads:
+        thread.join(15)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[[Service], str]]:
+def serve(ending: list[threading.Thread]) -> Iterator[Callable[[Service], str]]:
     """serve(service): its address, while it runs in a thread on a socket of its own."""
-    with ExitStack() as stack:
+    servers = []
 
-        def start(service: Service) -> str:
-            server, listening = make_server(service), listen("127.0.0.1", 0)
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-            thread.start()
+    def start(service: Service) -> str:
+        server, listening = make_server(service), listen("127.0.0.1", 0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        servers.append(server)
+        ending.append(thread)
+        while not server.started:
+            time.sleep(0.002)
+        return address(listening)
 
-            def stop() -> None:
-                server.should_exit = True
-                thread.join(15)
-                listening.close()
-                assert not thread.is_alive()
-
-            stack.callback(stop)
-            while not server.started:
-                time.sleep(0.005)
-            return address(listening)
-
-        yield start
+    yield start
+    for server in servers:
+        server.should_exit = True
 
 
 @pytest.fixture

@@ -147,6 +147,16 @@ def test_only_named_headers_pass_in_either_direction(
     assert all(name.startswith(ANSWERED_WITH) for name in passed)
 
 
+def test_headers_that_are_not_ascii_pass_as_they_are(proxy: Callable[..., str], upstream: Upstream) -> None:
+    upstream.answer = lambda asked: reply({"created": 1, "data": [{"b64_json": ""}]}, {"x-request-id": "é"})
+    sent = {b"user-agent": "füchse".encode("latin-1"), b"content-type": b"application/json"}
+    got = httpx.post(f"{proxy()}/v1/images/generations", content=b'{"prompt": "fox \\ud800"}', headers=list(sent.items()))
+    assert got.status_code == 200
+    assert upstream.asked[0].headers["user-agent"] == "füchse"
+    assert upstream.asked[0].json()["prompt"] == "fox \ud800"
+    assert dict(got.headers.raw)[b"x-request-id"] == "é".encode()
+
+
 def test_a_key_of_the_proxy_for_the_upstream_replaces_the_callers(
     proxy: Callable[..., str], client: Callable[..., openai.OpenAI], upstream: Upstream
 ) -> None:

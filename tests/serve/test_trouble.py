@@ -74,21 +74,21 @@ def test_an_upstream_that_is_not_there(proxy: Proxy, client: Client, upstream: U
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
+    ("status", "kind", "shaped"),
     [
-        (400, openai.BadRequestError),
-        (401, openai.AuthenticationError),
-        (403, openai.PermissionDeniedError),
-        (404, openai.NotFoundError),
-        (409, openai.ConflictError),
-        (422, openai.UnprocessableEntityError),
-        (429, openai.RateLimitError),
-        (500, openai.InternalServerError),
-        (503, openai.InternalServerError),
-        (529, openai.InternalServerError),
+        (400, openai.BadRequestError, True),
+        (401, openai.AuthenticationError, True),
+        (403, openai.PermissionDeniedError, True),
+        (404, openai.NotFoundError, True),
+        (409, openai.ConflictError, True),
+        (422, openai.UnprocessableEntityError, True),
+        (429, openai.RateLimitError, True),
+        (429, openai.RateLimitError, False),
+        (500, openai.InternalServerError, True),
+        (503, openai.InternalServerError, False),
+        (529, openai.InternalServerError, True),
     ],
 )
-@pytest.mark.parametrize("shaped", [True, False])
 def test_errors_of_the_upstream_arrive_as_they_are(
     proxy: Proxy, client: Client, upstream: Upstream, status: int, kind: type[openai.APIStatusError], shaped: bool
 ) -> None:
