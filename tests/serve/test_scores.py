@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.scoring.rewards.base import Backbone, Card, Reward
+from flowalign.scoring.loading import load_rewards
+from flowalign.scoring.rewards.base import Backbone, Card, Reward, Shelf
 from flowalign.serve.app import make_service
 from flowalign.serve.limits import Limits
 from tests.serve.upstream import encoded, gradient
@@ -92,6 +93,17 @@ def test_scores_are_the_rewards_and_one_forward_serves_all(scorer: Callable[...,
     assert means.seen == [3]
     cards = {card["name"]: card for card in got.json()["rewards"]}
     assert (cards["length"]["better"], cards["red"]["range"]) == ("lower", [0.0, None])
+
+
+def test_rewards_that_a_user_names_score_as_they_do_here(serve: Callable[..., str], post: Post) -> None:
+    rewards = load_rewards(["sharpness", {"name": "colourfulness", "as": "colour"}], Shelf(torch.device("cpu")))
+    pictures = [gradient("x", place, (40 + place, 33)) for place in range(3)]
+    body = {"images": [{"b64_json": entry(encoded(picture))["b64_json"]} for picture in pictures]}  # they read no prompt
+    rows = post(serve(make_service(None, rewards=rewards)), body, "/v1/score").json()["data"]
+    for name, reward in zip(("sharpness", "colour"), rewards, strict=True):
+        expected = reward.score(pictures, [""] * 3).tolist()
+        assert [row["scores"][name] for row in rows] == pytest.approx(expected, rel=1e-5)
+        assert len(set(expected)) == 3
 
 
 def test_some_rewards_can_be_asked_for(scorer: Callable[..., str], post: Post) -> None:
