@@ -38,8 +38,8 @@ COMMANDS = {page: commands(page) for page in PAGES}
 
 def test_the_readme_shows_every_command() -> None:
     shown = {line.split()[1] for line in COMMANDS[ROOT / "README.md"]}
-    everything = {"align", "plan", "suggest-beta", "generate", "evaluate", "export", "report", "objectives", "cache"}
-    assert shown == everything  # and the demo, as make demo
+    (actions,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
+    assert shown == {*actions.choices} - {"demo"}  # which is make demo
 
 
 @pytest.mark.parametrize("line", sorted({line for lines in COMMANDS.values() for line in lines}))
