@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from flowalign.evaluate.compare import Generated, match, read_generation
 from flowalign.evaluate.guard import guard_report
 from flowalign.files import write_text
 from flowalign.report.charts import Line, forest, line_chart
+from flowalign.report.document import document
 from flowalign.report.pictures import Samples, read_samples, sheet, strip
 
 Metrics = Sequence[Mapping[str, Any]]
@@ -54,7 +52,7 @@ def write_report(run: str | Path, *, limit: int = 48) -> Path:
         _tables("Environment", environment),
     ]
     path = run / "report.html"
-    write_text(path, _page(f"{run.resolve().name} · flowalign", "".join(parts)))
+    write_text(path, document(f"{run.resolve().name} · flowalign", "".join(parts)))
     return path
 
 
@@ -81,20 +79,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number < len(lines):
                 raise CheckpointError(f"{path} line {number} is not JSON ({error}); remove the line.") from error
-
-
-def _page(title: str, body: str) -> str:
-    here = files("flowalign.report")
-    style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    # The policy makes the page unable to load anything, and to run any script but its own.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{style}</style>\n</head>\n'
-        f"<body>\n<main>\n{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
-    )
 
 
 def _verdict(evaluation: Mapping[str, Any]) -> str:

@@ -47,14 +47,19 @@ def data_uri(path: Path, side: int = THUMBNAIL) -> tuple[str, int, int]:
             picture = source.convert("RGBA" if source.has_transparency_data else "RGB")
     except OSError as error:
         raise DataError(f"{path} is not a readable picture ({error}); generate it again.") from error
-    width, height = picture.size
+    return inlined(picture, side), *picture.size
+
+
+def inlined(picture: Image.Image, side: int = THUMBNAIL, small: int = SMALL) -> str:
+    """A picture as a WebP data URI; without loss up to `small` pixels a side, larger ones become thumbnails of `side`."""
     out = io.BytesIO()
-    if max(width, height) <= SMALL:
+    if max(picture.size) <= small:
         picture.save(out, "WEBP", lossless=True)
     else:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        picture.save(out, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode('ascii')}", width, height
+        thumbnail = picture.copy()
+        thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
+        thumbnail.save(out, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode('ascii')}"
 
 
 def sheet(
