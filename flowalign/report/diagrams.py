@@ -17,13 +17,15 @@ BINS = 30
 Z = 1.959963984540054  # of a two-sided 95 % interval
 
 
+def _caption(title: str, note: str) -> str:
+    return f'<figcaption><strong>{escape(title)}</strong> <span class="muted">{escape(note)}</span></figcaption>'
+
+
 def histogram(title: str, note: str, values: ArrayLike, *, at: float | None = None, unit: str = "pictures") -> str:
     """Counts of the finite `values` in BINS bins of one width, with a line at the median; `at` draws one that means "even"."""
     values = np.asarray(values, dtype=np.float64)
     known = values[np.isfinite(values)]
-    head = (
-        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong> <span class="muted">{escape(note)}</span></figcaption>'
-    )
+    head = f'<figure class="chart">{_caption(title, note)}'
     if not len(known):
         return f'{head}<p class="muted">No value.</p></figure>'
     low, high = float(known.min()), float(known.max())
@@ -52,9 +54,11 @@ def histogram(title: str, note: str, values: ArrayLike, *, at: float | None = No
             parts.append(f'<text x="{px(x):.1f}" y="{height - 10}" text-anchor="middle">{number(x)}</text>')
     for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
+            wide = max(px(end) - px(start) - 1, 0.5)
             parts.append(
-                f'<rect class="bar" x="{px(start) + 0.5:.1f}" y="{py(count):.1f}" width="{max(px(end) - px(start) - 1, 0.5):.1f}" '
-                f'height="{height - bottom - py(count):.1f}"><title>{figure(start)} to {figure(end)}: {count} {unit}</title></rect>'
+                f'<rect class="bar" x="{px(start) + 0.5:.1f}" y="{py(count):.1f}" width="{wide:.1f}" '
+                f'height="{height - bottom - py(count):.1f}">'
+                f"<title>{figure(start)} to {figure(end)}: {count} {unit}</title></rect>"
             )
     if at is not None:
         parts.append(f'<line class="neutral" x1="{px(at):.1f}" x2="{px(at):.1f}" y1="{top}" y2="{height - bottom}"/>')
@@ -98,8 +102,8 @@ def matrix(title: str, note: str, names: Sequence[str], values: ArrayLike) -> st
                 told.append(f"{names[i]} and {names[j]} {said}")
     label = escape(f"{title}: {'; '.join(told)}")
     return (
-        f'<figure class="chart"><figcaption><strong>{escape(title)}</strong> <span class="muted">{escape(note)}</span>'
-        f'</figcaption><div class="scroll"><svg class="matrix" width="{width}" height="{height}" '
+        f'<figure class="chart">{_caption(title, note)}<div class="scroll">'
+        f'<svg class="matrix" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg></div></figure>'
     )
 
@@ -111,9 +115,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def reliability(
-    title: str, note: str, after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()
-) -> str:
+def reliability(title: str, note: str, after: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()) -> str:
     """Dots `{predicted, observed, count}` and, where they have them, their `low` and `high`; else Wilson's interval."""
     side, left, right, top, bottom = 346, 52, 24, 12, 46
     height = side - left - right + top + bottom
@@ -130,18 +132,20 @@ def reliability(
         parts.append(f'<text x="{left - 8}" y="{py(value) + 4:.1f}" text-anchor="end">{100 * value:g} %</text>')
         parts.append(f'<text x="{px(value):.1f}" y="{height - bottom + 18}" text-anchor="middle">{100 * value:g} %</text>')
     parts.append(f'<line class="neutral" x1="{px(0)}" y1="{py(0):.1f}" x2="{px(1)}" y2="{py(1):.1f}"/>')
-    parts.append(f'<text x="{px(0.5)}" y="{height - 8}" text-anchor="middle">probability said; up: share that was preferred</text>')
+    parts.append(
+        f'<text x="{px(0.5)}" y="{height - 8}" text-anchor="middle">probability said; up: share that was preferred</text>'
+    )
     told = []
     for look, name, dots in (("plain", "before", before), ("one", "after", after)):
         line = " ".join(f"{px(dot['predicted']):.1f},{py(dot['observed']):.1f}" for dot in dots)
         parts.append(f'<polyline class="curve {look} thin" points="{line}"/>' if dots else "")
         for dot in dots:
-            low, high = (
-                (dot["low"], dot["high"]) if {"low", "high"} <= dot.keys() else wilson(dot["observed"], dot["count"])
-            )
+            low, high = (dot["low"], dot["high"]) if {"low", "high"} <= dot.keys() else wilson(dot["observed"], dot["count"])
             x = px(dot["predicted"])
             if look == "one":
-                parts.append(f'<line class="whisker {look} thin" x1="{x:.1f}" x2="{x:.1f}" y1="{py(low):.1f}" y2="{py(high):.1f}"/>')
+                parts.append(
+                    f'<line class="whisker {look} thin" x1="{x:.1f}" x2="{x:.1f}" y1="{py(low):.1f}" y2="{py(high):.1f}"/>'
+                )
             said = f"said {100 * dot['predicted']:.0f} %, was {100 * dot['observed']:.0f} % of {dot['count']} pairs"
             parts.append(
                 f'<circle class="dot {look}" cx="{x:.1f}" cy="{py(dot["observed"]):.1f}" r="4.5">'
@@ -152,8 +156,8 @@ def reliability(
     legend = "".join(f'<span class="key {look}">{name}</span>' for look, name in keys)
     label = escape(f"{title}: {'; '.join(told)}")
     return (
-        f'<figure class="chart reliability"><figcaption><strong>{escape(title)}</strong> <span class="muted">{escape(note)}</span>'
-        f'</figcaption><div class="legend">{legend}</div><svg viewBox="0 0 {side} {height}" role="img" '
+        f'<figure class="chart reliability">{_caption(title, note)}'
+        f'<div class="legend">{legend}</div><svg viewBox="0 0 {side} {height}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg></figure>'
     )
 
@@ -180,7 +184,9 @@ def shares(rows: Sequence[tuple[str, Mapping[str, float]]], *, left_says: str, r
         words = f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
         told.append(f"{name} {words}")
         parts.append(f'<text class="strong" x="{left - 14}" y="{y + 5}" text-anchor="end">{escape(shortened(name, 22))}</text>')
-        parts.append(f'<line class="whisker {look}" x1="{px(share["low"]):.1f}" x2="{px(share["high"]):.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<line class="whisker {look}" x1="{px(share["low"]):.1f}" x2="{px(share["high"]):.1f}" y1="{y}" y2="{y}"/>'
+        )
         parts.append(f'<circle class="dot {look}" cx="{px(share["value"]):.1f}" cy="{y}" r="5.5"/>')
         parts.append(f'<text class="strong" x="{width - right + 14}" y="{y + 5}">{words}</text>')
     label = escape(f"{axis}: {'; '.join(told)}")

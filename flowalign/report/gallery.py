@@ -104,8 +104,9 @@ def worth_showing(by: Sequence[Order], count: int, limit: int) -> NDArray[np.int
 class Thumbnails:
     """Pictures of a table or of comparisons as data URIs, each read once, until the page's budget is spent."""
 
-    def __init__(self, budget: int = BUDGET) -> None:
-        self._pictures, self._held, self.left = Pictures(Path.cwd()), dict[str, "tuple[str, int, int] | None"](), budget
+    def __init__(self) -> None:
+        self._pictures, self.left = Pictures(Path.cwd()), BUDGET
+        self._held: dict[str, tuple[str, int, int] | None] = {}
 
     def at(self, path: str | None) -> tuple[str, int, int] | None:
         """Data URI, width and height of what lies at a table's `path`; None for what cannot be read from there."""
@@ -184,9 +185,7 @@ def _values(by: Sequence[Order], row: int) -> str:
         shown = f'<data data-key="{place}" value="{exact}">{figure(value)}</data>'
         cells.setdefault(order.reward or order.kind, {})[order.kind if order.reward else "calibrated"] = shown
     head = "".join(f"<th>{kind}</th>" for kind in kinds) if len(kinds) > 1 else ""
-    body = "".join(
-        f"<tr><th>{escape(shortened(name, 40))}</th>{_cells(found, kinds)}</tr>" for name, found in cells.items()
-    )
+    body = "".join(f"<tr><th>{escape(shortened(name, 40))}</th>{_cells(found, kinds)}</tr>" for name, found in cells.items())
     return f'<table class="values">{f"<thead><tr><th></th>{head}</tr></thead>" if head else ""}<tbody>{body}</tbody></table>'
 
 
@@ -238,5 +237,6 @@ def _lane(at: float, label: str) -> str:
     look = "up" if at >= 0.5 else "down"
     return (
         f'<svg class="lane" viewBox="0 0 100 12" role="img" aria-label="{escape(label)}"><line class="rail" x1="5" x2="95" '
-        f'y1="6" y2="6"/><line class="zero" x1="50" x2="50" y1="2" y2="10"/><circle class="{look}" cx="{x:.1f}" cy="6" r="4"/></svg>'
+        f'y1="6" y2="6"/><line class="zero" x1="50" x2="50" y1="2" y2="10"/>'
+        f'<circle class="{look}" cx="{x:.1f}" cy="6" r="4"/></svg>'
     )

@@ -73,7 +73,7 @@ def _unscored(table: ScoreTable) -> int:
 
 def _header(table: ScoreTable, parts: Sequence[str]) -> str:
     missing, prompts = _unscored(table), len(set(table.texts("prompt")))
-    lack = f"{missing:,} lack a score" if missing else "none lacks a score"
+    lack = f"{missing:,} {'lacks' if missing == 1 else 'lack'} a score" if missing else "none lacks a score"
     names = ", ".join(table.rewards)
     said = (
         f"{len(table):,} {_plural('picture', len(table))} of {prompts:,} {_plural('prompt', prompts)}, scored by "
@@ -93,7 +93,8 @@ def _gallery(table: ScoreTable, by: Sequence[Order], limit: int, thumbnails: Thu
     rows = worth_showing(by, len(table), limit)
     body, count = gallery(table, by, rows, thumbnails)
     which = (
-        f"Shown are {count:,} of {len(table):,} pictures: the best and the worst by every reward, and an even sample of the rest."
+        f"Shown are {count:,} of {len(table):,} pictures: the best and the worst by every reward, and an even sample of the "
+        "rest."
         if count < len(table)
         else f"Shown are all {count:,} pictures."
     )
@@ -131,9 +132,7 @@ def _apart(table: ScoreTable, thumbnails: Thumbnails) -> str:
         how = "by the table's disagreement, the spread of a picture's calibrated scores"
     else:
         how = "by the distance between their highest and lowest score"
-    lead = (
-        f"The {count} pictures on which the rewards differ most, {how}. Left on the rail is bad, right is good: look who is right."
-    )
+    lead = f"The {count} pictures on which the rewards differ most, {how}. Left on the rail is bad, right is good."
     return _section("disagreements", "Worst disagreements", lead, body)
 
 
@@ -146,7 +145,9 @@ def _distributions(table: ScoreTable, by: Sequence[Order]) -> str:
         if order.kind == "raw":
             note += f"; {order.better} is better"
         drawn.append(histogram(order.title, note, order.values))
-    return _section("distributions", "Distributions", "How many pictures got which score.", f'<div class="charts">{"".join(drawn)}</div>')
+    return _section(
+        "distributions", "Distributions", "How many pictures got which score.", f'<div class="charts">{"".join(drawn)}</div>'
+    )
 
 
 def _agreement(table: ScoreTable) -> str:
@@ -180,9 +181,7 @@ def _reliability(calibration: Mapping[str, Any]) -> str:
     drawn = []
     for name, (before, after) in found.items():
         ece = _measure(after.get("ece"))
-        drawn.append(
-            reliability(name, f"ECE {ece}" if ece else "", after["reliability"], before.get("reliability") or ())
-        )
+        drawn.append(reliability(name, f"ECE {ece}" if ece else "", after["reliability"], before.get("reliability") or ()))
     head = "".join(f'<th scope="col">{title}</th>' for title in MEASURES.values())
     rows = []
     for name, (before, after) in found.items():
@@ -232,7 +231,9 @@ def _rewards(table: ScoreTable) -> str:
             + "</tr>"
         )
     body = "".join(f'<th scope="col"{" class=left" if title in head[-2:] else ""}>{title}</th>' for title in head)
-    shown = f'<div class="scroll"><table class="about"><thead><tr>{body}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    shown = (
+        f'<div class="scroll"><table class="about"><thead><tr>{body}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
     return _section("rewards", "Rewards", "What each reward says of itself, and its raw scores.", shown)
 
 
@@ -243,18 +244,16 @@ def _failures(table: ScoreTable) -> str:
     for name in table.rewards:
         missing = np.flatnonzero(np.isnan(table.raw(name)))
         why = table.texts(WHY + name) if WHY + name in table.data.column_names else [None] * len(table)
-        for row in map(int, missing):
-            said = why[row] or "no reason given"
-            reasons[name, said] += 1
-            if len(listed) < FAILURES:
-                listed.append((row, name, said))
+        found = [(row, name, why[row] or "no reason given") for row in map(int, missing)]
+        reasons.update((name, said) for _, _, said in found)
+        listed = sorted(listed + found[:FAILURES])[:FAILURES]
     if not listed:
         return ""
     paths, prompts = table.texts("path"), table.texts("prompt")
-    listed.sort()
     rows = "".join(
         f"<tr><td>{row + 1:,}</td><td>{escape(shortened(str(paths[row]), 160))}</td>"
-        f"<td>{escape(shortened(prompts[row] or '', 120))}</td><td>{escape(name)}</td><td>{escape(shortened(said, 300))}</td></tr>"
+        f"<td>{escape(shortened(prompts[row] or '', 120))}</td><td>{escape(name)}</td>"
+        f"<td>{escape(shortened(said, 300))}</td></tr>"
         for row, name, said in listed
     )
     head = "".join(f'<th scope="col">{title}</th>' for title in ("Row", "Picture", "Prompt", "Reward", "Reason"))
@@ -263,6 +262,9 @@ def _failures(table: ScoreTable) -> str:
         f"<li>{count:,} × {escape(name)}: {escape(shortened(said, 300))}</li>" for (name, said), count in reasons.most_common(8)
     )
     which = f"the first {len(listed):,} of {total:,}" if total > len(listed) else f"all {total:,}"
-    lead = f"A failure is never a number: these pictures count nowhere. Listed are {which} missing scores; the reasons, most frequent first:"
+    lead = (
+        f"A failure is never a number: these pictures count nowhere. Listed are {which} missing scores; the reasons, most "
+        "frequent first:"
+    )
     table_of = f'<div class="scroll"><table class="failures"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return _section("failures", "Failed", lead, f"<ul>{common}</ul>{table_of}")
