@@ -99,6 +99,22 @@ def compare(
     )
 
 
+def mean_with_interval(values: ArrayLike, groups: Sequence[object], *, resamples: int = 2_000, seed: int = 0) -> Estimate:
+    """Mean of values `[n]` with a percentile bootstrap interval; whole groups `[n]`, such as prompts, are resampled.
+
+    Raises DataError for unequal lengths, no value, or one that is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) != len(groups) or not values.size or not np.isfinite(values).all():
+        raise DataError(f"there are values of shape {values.shape} for {len(groups)} groups; give finite ones, one group each.")
+    place = {label: index for index, label in enumerate(dict.fromkeys(groups))}
+    group = np.array([place[label] for label in groups])
+    sums = np.stack([np.bincount(group, weights=each) for each in (values, np.ones(len(values)))], axis=1)
+    drawn = [counts @ sums for counts in _resampled(len(place), resamples, seed, chunk=max(1, CHUNK // len(place)))]
+    total, size = np.concatenate(drawn).T
+    return _estimate(values.mean(), total / size)
+
+
 def _resampled(groups: int, resamples: int, seed: int, chunk: int) -> Iterator[NDArray[np.int64]]:
     """How often each group was drawn, `[R, G]` at a time: drawing with replacement, counted."""
     rng = np.random.default_rng(seed)

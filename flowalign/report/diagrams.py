@@ -25,18 +25,31 @@ def histogram(title: str, note: str, values: ArrayLike, *, at: float | None = No
     """Counts of the finite `values` in BINS bins of one width, with a line at the median; `at` draws one that means "even"."""
     values = np.asarray(values, dtype=np.float64)
     known = values[np.isfinite(values)]
-    head = f'<figure class="chart">{_caption(title, note)}'
     if not len(known):
-        return f'{head}<p class="muted">No value.</p></figure>'
+        return f'<figure class="chart">{_caption(title, note)}<p class="muted">No value.</p></figure>'
     low, high = float(known.min()), float(known.max())
     if at is not None:
         low, high = min(low, at), max(high, at)
     if low == high:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     counts, edges = np.histogram(known, bins=BINS, range=(low, high))
-    median = float(np.median(known))
+    return bars(title, note, counts.tolist(), edges.tolist(), float(np.median(known)), at=at, unit=unit)
+
+
+def bars(
+    title: str,
+    note: str,
+    counts: Sequence[int],
+    edges: Sequence[float],
+    median: float,
+    *,
+    at: float | None = None,
+    unit: str = "pictures",
+) -> str:
+    """A histogram whose `counts` `[n]` between `edges` `[n + 1]` are known already."""
+    low, high = (min(edges[0], at), max(edges[-1], at)) if at is not None else (edges[0], edges[-1])
     width, height, left, right, top, bottom = 520, 220, 56, 12, 22, 30
-    across, up = ticks(low, high), ticks(0, int(counts.max()), 3)
+    across, up = ticks(low, high), ticks(0, max(counts), 3)
 
     def px(x: float) -> float:
         return left + (x - low) / (high - low) * (width - left - right)
@@ -67,7 +80,10 @@ def histogram(title: str, note: str, values: ArrayLike, *, at: float | None = No
     shift = 6 if anchor == "start" else -6
     words = f"median {figure(median)}"
     parts.append(f'<text class="strong" x="{px(median) + shift:.1f}" y="{top - 8}" text-anchor="{anchor}">{words}</text>')
-    label = escape(f"{title}: {len(known)} {unit} from {figure(known.min())} to {figure(known.max())}, {words}")
+    filled = [place for place, count in enumerate(counts) if count]
+    span = f"from {figure(edges[filled[0]])} to {figure(edges[filled[-1] + 1])}"
+    label = escape(f"{title}: {sum(counts)} {unit} {span}, {words}")
+    head = f'<figure class="chart">{_caption(title, note)}'
     return f'{head}<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
 
 

@@ -1,0 +1,1 @@
+"""The checks of an audit: functions from a `Survey` to a `Check`, by what they look at."""
