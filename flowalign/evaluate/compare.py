@@ -99,7 +99,9 @@ def compare(
     )
 
 
-def mean_with_interval(values: ArrayLike, groups: Sequence[object], *, resamples: int = 2_000, seed: int = 0) -> Estimate:
+def mean_with_interval(
+    values: ArrayLike, groups: Sequence[object], *, resamples: int = 2_000, seed: int = 0, level: float = LEVEL
+) -> Estimate:
     """Mean of values `[n]` with a percentile bootstrap interval; whole groups `[n]`, such as prompts, are resampled.
 
     Raises DataError for unequal lengths, no value, or one that is not finite.
@@ -112,7 +114,7 @@ def mean_with_interval(values: ArrayLike, groups: Sequence[object], *, resamples
     sums = np.stack([np.bincount(group, weights=each) for each in (values, np.ones(len(values)))], axis=1)
     drawn = [counts @ sums for counts in _resampled(len(place), resamples, seed, chunk=max(1, CHUNK // len(place)))]
     total, size = np.concatenate(drawn).T
-    return _estimate(values.mean(), total / size)
+    return _estimate(values.mean(), total / size, level)
 
 
 def _resampled(groups: int, resamples: int, seed: int, chunk: int) -> Iterator[NDArray[np.int64]]:
@@ -130,8 +132,8 @@ def _weighted_median(values: NDArray[np.float64], counts: NDArray[np.int64]) -> 
     return 0.5 * (middle[0] + middle[1])
 
 
-def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _estimate(value: float, resampled: NDArray[np.float64], level: float = LEVEL) -> Estimate:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))
 
 

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flowalign.runs.audit import audit as audit
+    from flowalign.runs.comparisons import audit as audit
     from flowalign.runs.folders import cache_clear as cache_clear
     from flowalign.runs.folders import cache_list as cache_list
     from flowalign.runs.folders import export_kohya as export_kohya
@@ -33,8 +33,8 @@ _VERBS = {
     "rewards": ("list_rewards",),
     "scoring": ("score",),
     "selection": ("calibrate", "select", "margins"),
+    "comparisons": ("audit",),
     "serving": ("serve",),
-    "audit": ("audit",),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
 }
 _MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}
