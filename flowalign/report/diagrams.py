@@ -109,7 +109,7 @@ def matrix(title: str, note: str, names: Sequence[str], values: ArrayLike) -> st
             look = "agree" if value >= 0 else "oppose"
             strength = 0.0 if math.isnan(value) else 0.06 + 0.74 * min(abs(value), 1)
             parts.append(f'<rect class="cell {look}" fill-opacity="{strength:.2f}" {place}/>')
-            said = "—" if math.isnan(value) else f"{value:.2f}".replace("-", "−")
+            said = "—" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # no −0.00
             ink = "strong on" if strength > 0.5 else "strong"
             parts.append(
                 f'<text class="{ink}" x="{left + cell * (j + 0.5)}" y="{middle + 5}" text-anchor="middle">{said}</text>'

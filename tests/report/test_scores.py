@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from flowalign.data.readers import open_comparisons
 from flowalign.errors import DataError
 from flowalign.report import gallery
 from flowalign.report.diagrams import histogram, wilson
 from flowalign.report.gallery import orders, worth_showing
 from flowalign.report.scores import write_scores_page
+from flowalign.scoring.calibration import calibrate, match
 from flowalign.scoring.rewards.base import Card
 from flowalign.scoring.table import ScoreTable
 from tests.browser import CHROMIUM, chromium
@@ -355,3 +358,23 @@ def test_the_gallery_is_sorted_and_filtered_in_a_real_browser(scored: ScoreTable
         assert browser.ask("document.querySelectorAll('img').length") > 0
         assert browser.ask("Array.from(document.images).every(image => image.complete && image.naturalWidth > 0)")
         assert browser.problems == []
+
+
+def test_it_reads_what_a_calibration_is_written_as(emoji: Path, tmp_path: Path) -> None:
+    rng, count = np.random.default_rng(0), 60
+    paths = [f"{emoji}/emoji.parquet#{place}:image" for place in range(count)]
+    prompts = [f"prompt {place // 2}" for place in range(count)]
+    better = np.tile([1.0, 0.0], count // 2)
+    held = table(paths, prompts, {name: better + rng.standard_normal(count) for name in ("clip", "style")})
+    rows = [{"prompt": prompts[place], "images": paths[place : place + 2]} for place in range(0, count, 2)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitted = calibrate(held, match(held, open_comparisons(tmp_path / "pairs.jsonl")), fuse=True)
+    fitted.write(tmp_path / "calibration.json")
+    about = json.loads((tmp_path / "calibration.json").read_text())
+    part = Page(write_scores_page(fitted.apply(held), tmp_path / "scores.html", calibration=about)).part("reliability")
+    measured = [about["rewards"]["clip"]["after"], about["rewards"]["style"]["after"], about["fused"]]
+    for told in measured:
+        for value, low, high in (told[measure] for measure in ("accuracy", "log_loss", "brier", "ece")):
+            assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in part
+    assert part.count('<circle class="dot one"') == sum(len(told["reliability"]) for told in measured)
+    assert "of 30 labelled pairs" in part
