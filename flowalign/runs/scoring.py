@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flowalign.device import choose_device
 from flowalign.errors import ConfigError, RunError, allowed
 from flowalign.families.sampling import PRECISIONS
+from flowalign.report.scores import write_scores_page
 from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.engine import Scorer
 from flowalign.scoring.engine import score as score_items
@@ -83,13 +84,17 @@ def score(
         raise RunError(f"none of the {counts.rows} pictures of {source} could be scored{said}")
     table = read_table(out)
     figures = {name: figures_of(table.raw(name)) for name in table.rewards}
+    page = write_scores_page(table, out.with_suffix(".html"))
     return {
         "table": str(out),
+        "page": str(page),
         **asdict(counts),
         "seconds": seconds,
         "pictures_per_second": counts.rows / seconds,
         "rewards": figures,
-        "summary": "\n".join([*_lines(table, figures), *_problems(counts.failed, counts.problems), f"table: {out}"]),
+        "summary": "\n".join(
+            [*_lines(table, figures), *_problems(counts.failed, counts.problems), f"table: {out}", f"page: {page}"]
+        ),
     }
 
 
