@@ -32,7 +32,7 @@ class ArrayPairs:
     def __post_init__(self) -> None:
         if self.rejected.shape != self.chosen.shape or not len(self.chosen):
             raise DataError(
-                f"rejected is {list(self.rejected.shape)} and chosen {list(self.chosen.shape)}; give two of one shape, [n, ...]."
+                f"rejected is {list(self.rejected.shape)} and chosen {list(self.chosen.shape)}; give two of one shape."
             )
         for name in ("context", "preference", "weight"):
             value = getattr(self, name)
@@ -58,16 +58,22 @@ class ArrayPairs:
             positions,
         )
 
-    def batches(self, seed: int, batch_size: int, position: int = 0) -> Iterator[Batch]:
-        """Without end, from a position; what is drawn depends on the seed and on nothing else."""
+    def batches(self, seed: int, batch_size: int, position: int = 0, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Without end, from a position over all ranks, `batch_size` pairs for this one at a time; drawn by the seed alone."""
         rng, epoch, order = Keyed(seed), -1, torch.empty(0)
+        start = position + rank * batch_size
         while True:
             rows = []
-            for place in range(position, position + batch_size):
+            for place in range(start, start + batch_size):
                 turn, rest = divmod(place, len(self))
                 if turn != epoch:
                     epoch, order = turn, rng.permutation("order", turn, len(self))
                 rows.append((int(order[rest]), turn))
             places, draws = zip(*rows, strict=True)
-            yield self.batch(torch.tensor(places), draws, tuple(range(position, position + batch_size)))
-            position += batch_size
+            yield self.batch(torch.tensor(places), draws, tuple(range(start, start + batch_size)))
+            start += batch_size * world_size
+
+    def sequential(self, batch_size: int, draw: int = 0) -> Iterator[Batch]:
+        """Every pair once, in order, at one of its draws."""
+        for places in torch.arange(len(self)).split(batch_size):
+            yield self.batch(places, (draw,) * len(places), tuple(places.tolist()))

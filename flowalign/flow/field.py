@@ -32,7 +32,7 @@ class FieldSettings:
     shape: tuple[int, ...]
     """Of what it moves: `[D]`, or `[C, h, w]`. A U-Net takes other h and w as well."""
     context: Literal["none", "class", "vector", "tokens"] = "none"
-    """What it is told: nothing, a class `[B]`, a vector `[B, D]`, or the states of tokens `[B, L, D]`."""
+    """What it is told: nothing, a class `[B]` (-1 is none of them), a vector `[B, D]`, or the states of tokens `[B, L, D]`."""
     context_size: int = 0
     """Number of classes, or D of vectors and tokens."""
     width: int = 64
@@ -49,8 +49,8 @@ class FieldSettings:
             raise ConfigError(f"context {self.context!r} does not go with context_size {self.context_size}.")
         if len(self.shape) == 3 and any(side % self.multiple for side in self.shape[1:]):
             raise ConfigError(
-                f"a U-Net of {self.levels} levels halves {self.shape[1]} x {self.shape[2]} {self.levels - 1} times, and the sides "
-                "must stay whole; choose another data.resolution or fewer field.levels."
+                f"a U-Net of {self.levels} levels halves {self.shape[1]} x {self.shape[2]} {self.levels - 1} times, and "
+                "they must stay whole; choose another data.resolution or fewer field.levels."
             )
 
     @property
@@ -97,7 +97,8 @@ class Field(nn.Module):
             context = torch.zeros(count, *([] if kind == "class" else [size]), device=device)
         if kind == "class":
             labels = context.long()
-            return labels if dropped is None else torch.where(dropped, size, labels)
+            nothing = labels < 0 if dropped is None else dropped | (labels < 0)
+            return torch.where(nothing, size, labels)
         if dropped is not None and self.null is not None:
             rows = dropped.view(-1, *[1] * (context.dim() - 1))
             context = torch.where(rows, self.null.to(context.dtype), context)

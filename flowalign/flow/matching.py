@@ -59,9 +59,7 @@ class MatchingStep:
         rejected, chosen = self._ship(pairs.rejected), self._ship(pairs.chosen)
         if self.coupling != "paired":
             order = rng.uniform("coupling", pairs.keys, pairs.draws)
-            contexts = (
-                same_context(pairs.context, len(chosen)) if self.coupling == "ot_per_context" else torch.zeros(len(chosen))
-            )
+            contexts = same_context(pairs.context if self.coupling == "ot_per_context" else None, len(chosen))
             rejected = rejected[self._ship(couple(self.coupling, rejected, chosen, contexts, order))]
         noise = self._ship(rng.normal("flow-noise", pairs.keys, pairs.draws, chosen.shape[1:]))
         s = self._ship(rng.uniform("s", pairs.keys, pairs.draws).float())

@@ -29,8 +29,6 @@ class Space(Section):
     """the latents of an autoencoder, or small pictures themselves"""
     autoencoder: str | None = None
     """latents: folder or hub id of a diffusers autoencoder; null takes that of model.checkpoint"""
-    resolution: Positive | None = None
-    """side in pixels of the pictures that are trained on; null is the autoencoder's or the checkpoint's own"""
     fit: Literal["scale", "tile"] = "scale"
     """pictures of other sizes: change them at the resolution trained on and scale up what changed, or work in tiles of it"""
 
@@ -89,7 +87,7 @@ class Domain(Section):
     """What happens to pictures unlike those trained on."""
 
     quantile: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.99
-    """share of held-out training pictures that is moved at full strength; beyond, strength falls smoothly; null never lowers it"""
+    """share of held-out training pictures moved at full strength; beyond, strength falls smoothly; null never lowers it"""
 
 
 class Scores(Section):
@@ -121,8 +119,6 @@ class Pairs(Data):
 
     train: str = ""
     """a file, a folder, an address such as s3://… or a hub id of comparisons; empty where `scores` is given"""
-    resolution: None = None
-    """of no use here; it is space.resolution"""
 
 
 class FlowConfig(Section):

@@ -113,13 +113,13 @@ def _integrate(
             raise
         why = f"it needs more than {settings.max_evaluations} evaluations" if isinstance(error, _TooMany) else _words(error)
         raise RunError(
-            f"{settings.solver} gave up at {latest:.3g} of the way: {why}; the field is stiff there, so use fixed steps, such as "
-            "solver midpoint with 8 steps, or a larger tolerance."
+            f"{settings.solver} gave up at {latest:.3g} of the way: {why}; the field is stiff there, so use fixed steps, such "
+            "as solver midpoint with 8 steps, or a larger tolerance."
         ) from error
     if not bool(torch.isfinite(found).all()):
         raise RunError(
-            f"the flow led to values that are not finite after {evaluations} evaluations; use more steps, a smaller strength or "
-            "less guidance, or train the field again at a lower train.learning_rate."
+            f"the flow led to values that are not finite after {evaluations} evaluations; use more steps, a smaller strength "
+            "or less guidance, or train the field again at a lower train.learning_rate."
         )
     return found, evaluations
 

@@ -124,6 +124,6 @@ def open_autoencoder(source: str, *, revision: str | None = None, variant: str |
         )
     except FAILURES as error:
         raise CheckpointError(
-            f"{source} has no autoencoder that can be loaded ({reason(error)}); give the folder of a diffusers autoencoder with "
-            "weights as .safetensors."
+            f"{source} has no autoencoder that can be loaded ({reason(error)}); give the folder of a diffusers autoencoder "
+            "with weights as .safetensors."
         ) from error
