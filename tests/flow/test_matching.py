@@ -133,7 +133,7 @@ def test_the_map_between_gaussians_is_the_monotone_one(tmp_path: Path) -> None:
     made = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 4096, 1, generator=made)
     pairs = ArrayPairs(start, 2 + end / 2)
-    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), coupling="ot", steps=500)
+    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), coupling="ot", steps=500, batch_size=32)
     y = torch.linspace(-1.5, 1.5, 31)[:, None]
     found = solve(guided(field, None), y, Solve(solver="rk4", steps=16)).end
     torch.testing.assert_close(found, 2 + y / 2, atol=0.12, rtol=0)
