@@ -38,7 +38,8 @@ def apply_folder(
     if out.resolve() == Path(source).resolve():
         raise ConfigError(f"{out} is the folder that pictures are read from; give another one to write to.")
     settings = solve or flow.solve
-    how = settings.model_dump(mode="json", exclude={"batch_size"}) | {"of": identity(flow), "diagnose": diagnose}
+    name = identity(flow)
+    how = settings.model_dump(mode="json", exclude={"batch_size"}) | {"of": name, "diagnose": diagnose}
     pictures = list_pictures(source)
     names = _names(pictures)
     prompts = [_prompt(flow, picture, prompt) for picture in pictures]
@@ -49,6 +50,8 @@ def apply_folder(
         # The picture's own bytes count, and not its name alone: it may have been drawn again.
         made = how | {"picture": hashlib.sha256(picture.path.read_bytes()).hexdigest()[:16]}
         rows[names[place]] = {**picture.row, "file_name": names[place], "flow": made}
+        if "generator" in picture.row:
+            rows[names[place]]["generator"] = f"{picture.row['generator']} + flow {name}"
         if prompts[place] is not None:
             rows[names[place]]["prompt"] = prompts[place]
         before = known.get(names[place])

@@ -31,8 +31,8 @@ def write_flow_card(run: Path, config: Mapping[str, Any], metrics: Mapping[str, 
     parts = [
         _front(config),
         f"# {run.resolve().name}\n\nA preference flow (Kim et al. 2024, arXiv 2405.19806): it moves pictures of any "
-        f"generator from what people reject to what they choose. Trained on {comparisons} comparisons, in {_space(config)}; it is told "
-        f"{_context(config)}.",
+        f"generator from what people reject to what they choose. Trained on {comparisons} comparisons, in {_space(config)}; it "
+        f"is told {_context(config)}.",
         "![before and after](samples.png)" if samples else "",
         _usage(run),
         _measured(metrics),

@@ -51,10 +51,12 @@ def train_field(
     run: RunDir,
     *,
     context_dropout: float = 0.0,
+    begin: Callable[[], None],
     progress: bool = True,
 ) -> tuple[bool, float]:
     """From the newest saved state to the last step; whether it got there, and the seconds. The field has its averaged weights.
 
+    begin: writes what the folder says of the run; called once a saved state was accepted, in the process that writes.
     Raises CheckpointError for a state that belongs to other settings, NonFiniteError as `fit` does, and ConfigError under FSDP.
     """
     if accelerator.is_fsdp2:
@@ -84,7 +86,8 @@ def train_field(
     ranks.agree({"finished steps": step_of(found[-1]) if found else 0, **about})
     if found:
         load(found[-1], state, about)
-    if ranks.main:
+    if ranks.main:  # only now: a resume that is refused leaves the folder as it was
+        begin()
         run.rewind(step_of(found[-1]) if found else -1)
 
     def record(number: int, values: dict[str, float]) -> None:
@@ -149,7 +152,6 @@ def fit_field(
     run = RunDir(Path(folder))
     fresh(run, resume)
     accelerator = open_accelerator(cfg, run.path)
-    run.write_environment(accelerator.device)
 
     def batches(position: int) -> Iterator[Batch]:
         return pairs.batches(
@@ -163,7 +165,15 @@ def fit_field(
     fixed = None if held_out is None else lambda draw: held_out.sequential(cfg.batch_size, draw)
     material = Material(batches, fixed, about={"data": {"comparisons": len(pairs)}})
     finished, seconds = train_field(
-        accelerator, model, material, cfg, match, run, context_dropout=context_dropout, progress=progress
+        accelerator,
+        model,
+        material,
+        cfg,
+        match,
+        run,
+        context_dropout=context_dropout,
+        begin=lambda: run.write_environment(accelerator.device),
+        progress=progress,
     )
     if finished and accelerator.is_main_process:
         save_field(model, run.weights)

@@ -51,10 +51,13 @@ def fit_flow(config: FlowConfig, *, resume: bool = False, progress: bool = True)
     try:
         with peers(accelerator.num_processes):
             parts = prepare_flow(config, accelerator, progress=progress)
-            if accelerator.is_main_process:
+            summary = parts.summary
+
+            def begin() -> None:
                 write_text(run.config, configuration.dump(config))
                 run.write_environment(accelerator.device)
-                run.write_json("data.json", parts.summary)
+                run.write_json("data.json", summary)
+
             finished, seconds = train_field(
                 accelerator,
                 parts.field,
@@ -63,6 +66,7 @@ def fit_flow(config: FlowConfig, *, resume: bool = False, progress: bool = True)
                 config.match,
                 run,
                 context_dropout=config.context.dropout if config.context.kind != "none" else 0.0,
+                begin=begin,
                 progress=progress,
             )
     except KeyboardInterrupt:
@@ -89,8 +93,8 @@ def fit_flow(config: FlowConfig, *, resume: bool = False, progress: bool = True)
         "pairs_per_second": last.get("train/pairs_per_second"),
         "metrics": last,
         "report": str(page),
-        "summary": f"fitted on {len(parts.train)} comparisons in {seconds:.0f} s: mean square error {error:.4g} of velocities of "
-        f"{power:.4g}; weights in {run.weights}, report in {page}",
+        "summary": f"fitted on {len(parts.train)} comparisons in {seconds:.0f} s: mean square error {error:.4g} of velocities "
+        f"of {power:.4g}; weights in {run.weights}, report in {page}",
     }
 
 
