@@ -58,7 +58,7 @@ def solve(velocity: Velocity, start: Tensor, settings: Solve, strength: Tensor |
     which takes the same steps for all rows of a batch. Raises RunError where dopri5 gives up and where a place is not finite.
     """
     if strength is None:
-        strength = torch.full((len(start),), settings.strength)
+        strength = torch.full((len(start),), settings.strength, dtype=torch.float64)
     y, evaluations = start, 0
     for _ in range(settings.iterations):
         y, count = _integrate(velocity, y, settings, strength, (0.0, 1.0))
@@ -70,7 +70,7 @@ def solve(velocity: Velocity, start: Tensor, settings: Solve, strength: Tensor |
 def back(velocity: Velocity, end: Tensor, settings: Solve, strength: Tensor | None = None) -> Solution:
     """The way back, from s = strength to s = 0: what `solve` started from, but for the error of the steps."""
     if strength is None:
-        strength = torch.full((len(end),), settings.strength)
+        strength = torch.full((len(end),), settings.strength, dtype=torch.float64)
     y, evaluations = end, 0
     for _ in range(settings.iterations):
         y, count = _integrate(velocity, y, settings, strength, (1.0, 0.0))
