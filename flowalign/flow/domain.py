@@ -20,8 +20,10 @@ from flowalign.files import atomic
 from flowalign.rng import Keyed
 
 FILE = "domain.safetensors"
-POOLED = 4
-"""Latents are looked at in so many parts a side."""
+VERSION = 1
+"""Of `features`: statistics of other features say nothing."""
+LAYOUT, TEXTURE = 4, 2
+"""Means are looked at in so many parts a side, spread and roughness in so many."""
 LONGEST = 512
 """Vectors that are longer are averaged over neighbours."""
 HELD = 4
@@ -31,16 +33,17 @@ HELD = 4
 def features(y: Tensor) -> Tensor:
     """Places `[B, D]` or `[B, C, h, w]` -> features `[B, F]`, float64 on the CPU.
 
-    Of pictures: the mean, and the log of the standard deviation, of every channel in every one of 4 x 4 parts, so that noise,
-    flat areas and other colours are seen. Of vectors: themselves.
+    Of pictures, for every channel: the mean in each of 4 x 4 parts, and in each of 2 x 2 the log of the standard deviation and
+    that of the mean step between neighbours. So other colours, flat areas and noise are all seen. Of vectors: themselves.
     """
     y = y.detach().float().cpu().double()
     if y.dim() == 2:
         return y if y.shape[1] <= LONGEST else torch.nn.functional.adaptive_avg_pool1d(y[:, None], LONGEST)[:, 0]
-    mean = torch.nn.functional.adaptive_avg_pool2d(y, POOLED)
-    square = torch.nn.functional.adaptive_avg_pool2d(y.square(), POOLED)
-    spread = (square - mean.square()).clamp_min(1e-8).log() / 2
-    return torch.cat([mean.flatten(1), spread.flatten(1)], dim=1)
+    pool = torch.nn.functional.adaptive_avg_pool2d
+    spread = pool(y.square(), TEXTURE) - pool(y, TEXTURE).square()
+    steps = pool(y.diff(dim=-1).square(), TEXTURE) + pool(y.diff(dim=-2).square(), TEXTURE)
+    logs = [(each.clamp_min(1e-8).log() / 2).flatten(1) for each in (spread, steps)]
+    return torch.cat([pool(y, LAYOUT).flatten(1), *logs], dim=1)
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Domain:
         return torch.exp(-0.5 * ((distance - self.limit).clamp_min(0) / self.spread).square())
 
     def save(self, folder: Path) -> None:
-        values = {"limit": self.limit, "spread": self.spread}
+        values = {"limit": self.limit, "spread": self.spread, "version": float(VERSION)}
         numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
         with atomic(folder / FILE) as temporary:
-            save_file({"mean": self.mean, "whiten": self.whiten.contiguous(), **numbers}, temporary)
+            save_file({"mean": self.mean, "whiten": self.whiten, **numbers}, temporary)
 
 
 def load_domain(folder: Path) -> Domain | None:
@@ -82,8 +85,10 @@ def load_domain(folder: Path) -> Domain | None:
         return None
     try:
         found: Mapping[str, Tensor] = load_file(folder / FILE)
+        if float(found["version"]) != VERSION:
+            raise ValueError(f"it is of version {float(found['version']):g}, and {VERSION} is read")
         return Domain(found["mean"], found["whiten"], float(found["limit"]), float(found["spread"]))
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder / FILE} cannot be read ({reason(error)}); fit the flow again.") from error
 
 
@@ -100,12 +105,15 @@ def fit_domain(found: Tensor, quantile: float, seed: int) -> Domain:
         )
     order = Keyed(seed).permutation("domain", 0, len(found))
     held, kept = found[order[: len(found) // HELD]], found[order[len(found) // HELD :]]
-    mean, covariance = shrunk(kept)
+    # Standardised first: what varies little would else be lost in the shrinking towards what varies much.
+    own = kept.std(0).clamp_min(1e-6)
+    mean, covariance = shrunk(kept / own)
     values, vectors = torch.linalg.eigh(covariance)
-    domain = Domain(mean, vectors / values.clamp_min(1e-12).sqrt(), 0.0, 1.0)
+    whiten = (vectors / values.clamp_min(1e-12).sqrt() / own[:, None]).contiguous()
+    domain = Domain(mean * own, whiten, 0.0, 1.0)
     distances = domain._distance(held)
     limit, middle = float(distances.quantile(quantile)), float(distances.median())
-    return Domain(mean, domain.whiten, limit, max(limit - middle, 0.05 * limit, 1e-6))
+    return Domain(domain.mean, whiten, limit, max(limit - middle, 0.05 * limit, 1e-6))
 
 
 def shrunk(rows: Tensor) -> tuple[Tensor, Tensor]:
