@@ -129,7 +129,11 @@ SAMPLING = {
 def test_generate_passes_prompts_and_settings(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     assert cli.main(["generate", "tiny-sd", "--prompts", "a cat", str(tmp_path / "p.txt")]) == 0
-    assert only(runs) == ("generate", ("tiny-sd", ["a cat", "one", "two"]), {"out": Path("runs/generate"), "flow": None, **SAMPLING})
+    assert only(runs) == (
+        "generate",
+        ("tiny-sd", ["a cat", "one", "two"]),
+        {"out": Path("runs/generate"), "flow": None, **SAMPLING},
+    )
 
 
 def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:
