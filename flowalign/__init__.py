@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from flowalign import runs
     from flowalign.config import dump as dump_config
     from flowalign.config import load as load_config
+    from flowalign.flow.improve import load_flow
+    from flowalign.flow.wrap import wrap
     from flowalign.settings import Config
 
 __version__ = "0.1.0"
@@ -50,15 +52,24 @@ __all__ = [
     "__version__",
     "dump_config",
     "load_config",
+    "load_flow",
     "runs",
+    "wrap",
 ]
 
-_LAZY = {"Config": "Config", "dump_config": "dump", "load_config": "load"}
+_LAZY = {
+    "Config": ("config", "Config"),
+    "dump_config": ("config", "dump"),
+    "load_config": ("config", "load"),
+    "load_flow": ("flow.improve", "load_flow"),
+    "wrap": ("flow.wrap", "wrap"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module("flowalign.config"), _LAZY[name])
+        module, own = _LAZY[name]
+        return getattr(importlib.import_module(f"flowalign.{module}"), own)
     if name == "runs":
         return importlib.import_module("flowalign.runs")
     raise AttributeError(f"module 'flowalign' has no attribute {name!r}")

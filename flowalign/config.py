@@ -6,14 +6,16 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from flowalign import yaml_text
 from flowalign.errors import ConfigError, allowed
-from flowalign.settings import Config
+from flowalign.settings import Config, Section
+
+Tree = TypeVar("Tree", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -21,15 +23,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError for a file that cannot be read, and as `parse` does.
     """
-    try:
-        data = yaml_text.read(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML configuration.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give the path of a YAML configuration.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {yaml_text.problem(error)}; correct it there.") from error
-    return parse(data, str(path), overrides)
+    return load_tree(Config, path, overrides)
 
 
 def parse(data: Any, source: str = "the configuration", overrides: Sequence[str] = ()) -> Config:
@@ -38,21 +32,42 @@ def parse(data: Any, source: str = "the configuration", overrides: Sequence[str]
     Raises ConfigError for an unknown key, a missing one, and a value of the wrong type or out of range. Types are
     strict: "8" is not a number and 8 is not a text.
     """
+    return parse_tree(Config, data, source, overrides)
+
+
+def load_tree(tree: type[Tree], path: str | Path, overrides: Sequence[str] = ()) -> Tree:
+    """`load` of another tree of settings."""
+    try:
+        data = yaml_text.read(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; give the path of a YAML configuration.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); give the path of a YAML configuration.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {yaml_text.problem(error)}; correct it there.") from error
+    return parse_tree(tree, data, str(path), overrides)
+
+
+def parse_tree(tree: type[Tree], data: Any, source: str = "the configuration", overrides: Sequence[str] = ()) -> Tree:
+    """`parse` into another tree of settings."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{source} holds {_show(data)}; write the sections model and data, at least.")
+        needed = [name for name, field in tree.model_fields.items() if field.is_required()]
+        raise ConfigError(
+            f"{source} holds {_show(data)}; write the section{'s' * (len(needed) > 1)} {' and '.join(needed)}, at least."
+        )
     # Through JSON: keys become texts, lists may become tuples, and the caller's own values stay untouched.
     data = json.loads(json.dumps(data, default=str))
     written = {_override(data, override): f"--set {override}" for override in overrides}
     try:
-        return Config.model_validate_json(json.dumps(data), strict=True)
+        return tree.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path, _ = _locate(data, first["loc"])
         origin = [said for key, said in written.items() if f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}.")]
-        raise ConfigError(_sentence(first, data, origin[-1] if origin else source)) from error
+        raise ConfigError(_sentence(tree, first, data, origin[-1] if origin else source)) from error
 
 
-def dump(config: Config) -> str:
+def dump(config: Section) -> str:
     """The resolved configuration as YAML, every key written out; `load` gives an equal Config back."""
     return yaml_text.write(config.model_dump(mode="json"))
 
@@ -97,13 +112,13 @@ def _override(data: dict[str, Any], override: str) -> str:
     return path
 
 
-def _sentence(error: Any, data: Any, source: str) -> str:
+def _sentence(tree: type[Section], error: Any, data: Any, source: str) -> str:
     """One validation error -> one sentence: where, the value, what is allowed."""
     path, value = _locate(data, error["loc"])
     *sections, key = (str(part) for part in error["loc"])
-    fields = getattr(Config.model_fields[sections[0]].annotation, "model_fields", {}) if sections else Config.model_fields
+    fields = getattr(tree.model_fields[sections[0]].annotation, "model_fields", {}) if sections else tree.model_fields
     if error["type"] == "extra_forbidden":
-        moved = [f"{name}.{key}" for name, f in Config.model_fields.items() if key in getattr(f.annotation, "model_fields", {})]
+        moved = [f"{name}.{key}" for name, f in tree.model_fields.items() if key in getattr(f.annotation, "model_fields", {})]
         hint = f"did you mean {' or '.join(moved)}? " if moved and not sections else ""
         return f"{source}: {path} is not a setting; {hint}{allowed(key, fields)}."
     if error["type"] == "missing" and key in fields:

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 
 from flowalign.align.reference import MOVING
 from flowalign.errors import ConfigError, allowed
-from flowalign.settings import Config
+from flowalign.settings import Config, Loop
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,35 +29,47 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """An Accelerator for this run's device, precision and trackers. Raises ConfigError."""
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    device = choose_device(config.train.device)
+def open_accelerator(train: Loop, folder: Path) -> Accelerator:
+    """An Accelerator for the device, precision and trackers of whatever is trained. Raises ConfigError."""
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    device = choose_device(train.device)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
         if device.index is not None:
             torch.cuda.set_device(device)
-    if config.train.precision == "fp16" and device.type == "cpu":
+    if train.precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16.")
     AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in this process would keep the first one's
-    precision = "no" if config.train.precision == "fp32" else config.train.precision
+    precision = "no" if train.precision == "fp32" else train.precision
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
             cpu=device.type == "cpu",
-            log_with=list(config.train.trackers) or None,
+            log_with=list(train.trackers) or None,
             project_dir=folder,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
         )
-        if config.train.trackers:
+        if train.trackers:
             accelerator.init_trackers("flowalign")
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"train.trackers {list(config.train.trackers)} cannot be used: {error}") from error
+        raise ConfigError(f"train.trackers {list(train.trackers)} cannot be used: {error}") from error
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise ConfigError(
+            f"accelerate's configuration asks for {kind.value}, whose saved states cannot be resumed here; allowed: plain data "
+            "parallelism and FSDP 2, as in configs/accelerate/ddp.yaml and fsdp2.yaml."
+        )
+    return accelerator
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """The same for an alignment, whose settings must suit its processes. Raises ConfigError."""
+    accelerator = open_accelerator(config.train, folder)
     several = config.switches.annotator_types > 1
     if accelerator.is_fsdp2 and (several or config.reference.kind in (*MOVING, "merged")):
         what = "switches.annotator_types above 1" if several else f"reference.kind {config.reference.kind!r}"
@@ -69,11 +81,5 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         raise ConfigError(
             "train.backward 'chunked' runs the denoiser again while gradients flow, and FSDP 2 gathers weights for one pass; "
             "set train.backward=joint with trainable.gradient_checkpointing=true, or use configs/accelerate/ddp.yaml."
-        )
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
-        raise ConfigError(
-            f"accelerate's configuration asks for {kind.value}, whose saved states cannot be resumed here; allowed: plain data "
-            "parallelism and FSDP 2, as in configs/accelerate/ddp.yaml and fsdp2.yaml."
         )
     return accelerator

@@ -171,8 +171,8 @@ class Trainable(Section):
     """less memory for more time"""
 
 
-class Train(Section):
-    """How it is trained."""
+class Loop(Section):
+    """What the training loop needs to know, whatever is trained."""
 
     steps: Positive = 1000
     """optimizer steps"""
@@ -180,10 +180,6 @@ class Train(Section):
     """comparisons per device and micro-step"""
     accumulation: Positive = 1
     """micro-steps per optimizer step"""
-    backward: Literal["joint", "chunked"] = "joint"
-    """keep the activations of a whole micro-step, or of `chunk` pictures at a time for one more forward"""
-    chunk: Positive = 8
-    """chunked: pictures that go through the denoiser together"""
     learning_rate: Rate = 1e-5
     """peak learning rate"""
     warmup_steps: Natural = 0
@@ -210,12 +206,6 @@ class Train(Section):
     """allow TF32 matrix products on the GPU"""
     seed: Natural = 0
     """key of all randomness of the run"""
-    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """probability that a comparison trains with the empty prompt"""
-    timesteps: Literal["auto", "uniform", "stratified", "antithetic", "logit_normal", "shifted", "importance"] = "auto"
-    """how times are drawn, see docs/families.md; auto is the family's, importance learns where gradients are large"""
-    timestep_range: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = (0.0, 1.0)
-    """times to train at, 0 clean and 1 noise: layout and style are decided near 1, detail near 0"""
     log_every: Positive = 10
     """steps between two lines of metrics"""
     validate_every: Positive | None = None
@@ -236,6 +226,21 @@ class Train(Section):
     """CPU threads; null is torch's choice"""
     timeout: Rate = 1800.0
     """seconds after which a process that does not answer the others counts as lost"""
+
+
+class Train(Loop):
+    """How a generator is aligned."""
+
+    backward: Literal["joint", "chunked"] = "joint"
+    """keep the activations of a whole micro-step, or of `chunk` pictures at a time for one more forward"""
+    chunk: Positive = 8
+    """chunked: pictures that go through the denoiser together"""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """probability that a comparison trains with the empty prompt"""
+    timesteps: Literal["auto", "uniform", "stratified", "antithetic", "logit_normal", "shifted", "importance"] = "auto"
+    """how times are drawn, see docs/families.md; auto is the family's, importance learns where gradients are large"""
+    timestep_range: Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)] = (0.0, 1.0)
+    """times to train at, 0 clean and 1 noise: layout and style are decided near 1, detail near 0"""
 
 
 class Guard(Section):

@@ -32,12 +32,13 @@ from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream
-from flowalign.errors import ConfigError, MissingExtraError
+from flowalign.errors import ConfigError
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
 from flowalign.settings import AUTO, Config
 from flowalign.sources import cache_folder, load_data
+from flowalign.train.optimizer import make_optimizer
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks
 from flowalign.train.trainable import assemble, make_trainable, trained
@@ -205,27 +206,6 @@ def choose_importance(config: Config, accelerator: Accelerator) -> Importance | 
     return Importance(accelerator.device, accelerator.gather)
 
 
-def make_optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW, fused where torch has it, or bitsandbytes' 8-bit one."""
-    cfg = config.train
-    if cfg.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise MissingExtraError("bitsandbytes", "cuda", "train.optimizer=adamw8bit") from error
-        return AdamW8bit(
-            parameters, lr=cfg.learning_rate, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
-        )
-    return torch.optim.AdamW(
-        parameters,
-        lr=cfg.learning_rate,
-        betas=cfg.adam_betas,
-        eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
-
-
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
     """Load, cache and build all parts of an alignment. Raises UserErrors for what cannot be used."""
     ranks = Ranks(accelerator, config.train.timeout)
@@ -304,7 +284,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if config.reference.kind in MOVING:
         reference, moving = following(policy, frozen, config.reference, lora=lora)
         anchor = compiled(reference) if lora else anchor
-    optimizer = make_optimizer(config, list(trained(policy).values()), accelerator.device)
+    optimizer = make_optimizer(config.train, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
     model, optimizer = accelerator.prepare(compiled(policy), optimizer)
     if accelerator.is_fsdp2 and reference is not None:

@@ -129,7 +129,11 @@ SAMPLING = {
 def test_generate_passes_prompts_and_settings(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     assert cli.main(["generate", "tiny-sd", "--prompts", "a cat", str(tmp_path / "p.txt")]) == 0
-    assert only(runs) == ("generate", ("tiny-sd", ["a cat", "one", "two"]), {"out": Path("runs/generate"), **SAMPLING})
+    assert only(runs) == (
+        "generate",
+        ("tiny-sd", ["a cat", "one", "two"]),
+        {"out": Path("runs/generate"), "flow": None, **SAMPLING},
+    )
 
 
 def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:
@@ -143,6 +147,7 @@ def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:
     assert first[1] == ("m", ["a_b"])
     assert first[2] == {
         "out": Path("o"),
+        "flow": None,
         "seeds": [3, 4],
         "steps": 9,
         "guidance": 0.0,

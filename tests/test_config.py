@@ -221,7 +221,13 @@ def test_an_objective_without_knobs_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+    "path",
+    [
+        path
+        for path in sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+        if path.read_text(encoding="utf-8").startswith("# flowalign align ")
+    ],
+    ids=lambda path: path.stem,
 )
 def test_the_configurations_that_ship_are_whole(path: Path) -> None:
     loaded = config.load(path)

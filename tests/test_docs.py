@@ -13,6 +13,8 @@ import yaml
 
 from flowalign import catalog, cli, config, plugins, yaml_text
 from flowalign.data.columns import conventions
+from flowalign.flow.settings import FlowConfig
+from flowalign.settings import Config, Section
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "samples").glob("*.md")])
@@ -48,18 +50,26 @@ def test_commands_parse(line: str) -> None:
     assert callable(options.command)
 
 
+VERBS: dict[str, type[Section]] = {"align": Config, "flow fit": FlowConfig}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_load_and_name_their_command(path: Path) -> None:
-    settings = config.load(path)
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert first == f"# flowalign align configs/{path.name}"
-    assert config.parse(yaml.safe_load(config.dump(settings))) == settings
+    named = re.fullmatch(rf"# flowalign ([a-z ]+) configs/{re.escape(path.name)}", first)
+    assert named is not None
+    tree = VERBS[named[1]]
+    settings = config.load_tree(tree, path)
+    assert config.parse_tree(tree, yaml.safe_load(config.dump(settings))) == settings
 
 
 @each_page
 def test_yaml_parses_as_a_configuration(page: Path) -> None:
     for language, text in blocks(page):
         if language == "yaml":
+            if page.name == "flow.md":
+                config.parse_tree(FlowConfig, yaml_text.read(text), page.name)
+                continue
             settings = config.parse(yaml_text.read(text), page.name)
             assert settings.objective.name == "dpo"
 

@@ -18,6 +18,7 @@ def add(command: Command) -> None:
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
     generate.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder")
     add_sampling(generate, Path("runs/generate"))
+    generate.add_argument("--flow", metavar="RUN", help="move what is drawn along the flow of this run folder")
 
     evaluate = command("evaluate", _evaluate, "Compare two models picture by picture: win rates with intervals.")
     for name in ("base", "aligned"):
@@ -35,7 +36,8 @@ def add(command: Command) -> None:
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    return runs.generate(options.checkpoint, read_prompts(options), out=options.out, **sampling(options))
+    drawing = sampling(options)
+    return runs.generate(options.checkpoint, read_prompts(options), out=options.out, flow=options.flow, **drawing)
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:

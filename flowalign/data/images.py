@@ -37,6 +37,11 @@ def decode(data: bytes) -> Image.Image:
         ) from None
     except Exception as error:  # Pillow's codecs raise OSError, SyntaxError, ValueError, struct.error ... on damaged files
         raise DataError(f"{len(data)} bytes are not a readable picture ({error}); replace the file or remove the row") from None
+    return flat(picture)
+
+
+def flat(picture: Image.Image) -> Image.Image:
+    """A picture of any mode -> RGB, transparent parts on white."""
     if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
         picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowalign.runs.comparisons import audit as audit
+    from flowalign.runs.flow_fit import fit_field as fit_field
+    from flowalign.runs.flows import apply_flow as apply_flow
+    from flowalign.runs.flows import evaluate_flow as evaluate_flow
+    from flowalign.runs.flows import fit_flow as fit_flow
     from flowalign.runs.folders import cache_clear as cache_clear
     from flowalign.runs.folders import cache_list as cache_list
     from flowalign.runs.folders import export_kohya as export_kohya
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "training": ("align", "plan", "suggest_beta"),
+    "flows": ("fit_flow", "apply_flow", "evaluate_flow"),
+    "flow_fit": ("fit_field",),
     "pictures": ("generate", "evaluate"),
     "rewards": ("list_rewards",),
     "scoring": ("score",),

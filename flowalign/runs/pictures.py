@@ -30,15 +30,24 @@ def generate(
     sampler: str = "default",
     precision: str = "fp32",
     device: str = "auto",
+    flow: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again."""
+    """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
+
+    flow: the run folder of a flow to move them along; what was drawn is then in `out/before`.
+    """
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
     pipeline = open_checkpoint(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    drawn = out if flow is None else out / "before"
     paths = write_images(
-        out, pipeline, [p for p, _ in wanted], [s for _, s in wanted], settings, batch_size=batch_size, progress=progress
+        drawn, pipeline, [p for p, _ in wanted], [s for _, s in wanted], settings, batch_size=batch_size, progress=progress
     )
+    if flow is not None:
+        from flowalign.runs.flows import apply_flow
+
+        return apply_flow(flow, drawn, out=out, device=device, progress=progress)
     return {"out": str(out), "pictures": len(paths), "summary": f"{len(paths)} pictures in {out}"}
 
 

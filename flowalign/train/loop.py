@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flowalign.data.batch import Batch
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
-from flowalign.settings import Train
+from flowalign.settings import Loop
 from flowalign.train.checkpoint import State, save
 from flowalign.train.ranks import Ranks, gathered
 
@@ -48,7 +48,7 @@ class Hooks:
     change `state.rate`."""
 
 
-def learning_rate(step: int, cfg: Train) -> float:
+def learning_rate(step: int, cfg: Loop) -> float:
     """Rate of step `step` (0-based): linear warm-up over `warmup_steps`, then constant, linear or cosine decay to 0."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
@@ -63,16 +63,18 @@ def fit(
     state: State,
     batches: Callable[[int], Iterator[Batch]],
     step: Step,
-    cfg: Train,
+    cfg: Loop,
     hooks: Hooks,
     states: Path,
     about: dict[str, object],
     *,
+    doing: str = "aligning",
     progress: bool = True,
 ) -> bool:
     """Train from `state.step` to `cfg.steps`; return False where SIGINT, SIGTERM or `judge` ended it early, after saving.
 
     `batches(position)` yields this rank's micro-batches from a place in the run's endless sequence of comparisons.
+    `doing` stands before the progress bar.
     Metrics are summed on the device and read once every `log_every` steps, averaged over accumulation and ranks.
     Raises NonFiniteError before a broken state could be saved.
     """
@@ -103,7 +105,8 @@ def fit(
             "pairs_per_second": count * per_step / max(elapsed, 1e-9),
         }
         hooks.record(state.step, {f"train/{name}": value for name, value in values.items()})
-        bar.set_postfix_str(f"loss {values['loss']:.3f}  accuracy {values.get('rewards/accuracies', math.nan):.2f}")
+        accuracy = f"  accuracy {values['rewards/accuracies']:.2f}" if "rewards/accuracies" in values else ""
+        bar.set_postfix_str(f"loss {values['loss']:.3f}{accuracy}")
         sums, count, since, clock = {}, 0, 0.0, time.perf_counter()
         return None
 
@@ -139,7 +142,7 @@ def fit(
             aside(checkpoint)
     model.train()
     shown = progress and accelerator.is_main_process
-    bar = tqdm(total=cfg.steps, initial=state.step, desc="aligning", unit="step", disable=not shown)
+    bar = tqdm(total=cfg.steps, initial=state.step, desc=doing, unit="step", disable=not shown)
     verdict: Verdict = "on"
     broken: NonFiniteError | None = None
     with _stop_signals() as stopped:

@@ -1,0 +1,103 @@
+"""Commands of preference flows: `flow fit`, `flow apply`, `flow evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flowalign.cli.arguments import Command, add_overrides, positive, scale
+from flowalign.errors import CheckpointError, ConfigError
+
+SOLVERS = ("euler", "midpoint", "heun2", "rk4", "dopri5")
+
+
+def add(command: Command) -> None:
+    flow = command("flow", _missing, "Fit a flow from rejected to chosen pictures, and put it behind any generator.")
+    verbs = flow.add_subparsers(title="what to do", metavar="VERB", required=True)
+
+    def verb(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        # Not set again where it was given before the verb: the parent's value would be lost to this parser's default.
+        sub.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the result as one line of JSON")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+        sub.set_defaults(command=function)
+        return sub
+
+    fit = verb("fit", _fit, "Fit a flow to comparisons or to a score table, as a YAML configuration says.")
+    fit.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
+    add_overrides(fit)
+    fit.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
+    fit.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+
+    apply = verb("apply", _apply, "Move the pictures of a folder along a flow.")
+    _add_source(apply)
+    apply.add_argument("--out", type=Path, metavar="DIR", required=True, help="where to write")
+    apply.add_argument("--batch-size", type=positive, metavar="N", help="pictures moved together")
+    apply.add_argument("--diagnose", action="store_true", help="also measure the error of the steps, by going back")
+
+    evaluate = verb("evaluate", _evaluate, "Compare pictures before and after a flow: win rates, identity, cost.")
+    _add_source(evaluate)
+    evaluate.add_argument("--judges", type=Path, metavar="DIR", help="folder of judges; by default those of the run")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/flow-evaluate"), help="(%(default)s)")
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished flow run")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder of pictures, such as generate writes")
+    parser.add_argument("--prompt", metavar="TEXT", help="what pictures show that no metadata.jsonl describes")
+    parser.add_argument("--strength", type=scale, metavar="S", help="how far to move, 0 to 1; these are by default the run's")
+    parser.add_argument("--steps", type=positive, metavar="N", help="steps of the solver")
+    parser.add_argument("--solver", choices=SOLVERS, help="%(choices)s")
+    parser.add_argument("--iterations", type=positive, metavar="N", help="how often the flow is applied")
+    parser.add_argument("--guidance", type=scale, metavar="G", help="scale of guidance by the prompt; 1 is none")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+
+
+def solving(options: argparse.Namespace) -> dict[str, Any]:
+    """How a flow is applied; None where the run decides."""
+    names = ("solver", "steps", "strength", "iterations", "guidance", "prompt", "device")
+    return {name: getattr(options, name) for name in names}
+
+
+def _missing(options: argparse.Namespace) -> dict[str, Any]:
+    raise ConfigError("say what to do: flowalign flow fit, apply or evaluate.")
+
+
+def _fit(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import config, runs
+    from flowalign.flow.settings import FlowConfig
+
+    path: Path = options.config
+    output = options.output
+    if path.is_dir():
+        if not options.resume:
+            raise ConfigError(f"{path} is a folder; add --resume to continue the run in it, or give a YAML configuration.")
+        if output is not None:
+            raise ConfigError(f"--output {output} cannot be given to continue {path}: a run continues in its own folder.")
+        output, path = path, path / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError(f"{output} is not a run folder: it holds no config.yaml; give the folder of an earlier run.")
+    settings = config.load_tree(FlowConfig, path, options.overrides)
+    if output is not None:
+        settings = settings.model_copy(update={"output": str(output)})
+    return runs.fit_flow(settings, resume=options.resume)
+
+
+def _apply(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.apply_flow(
+        options.run,
+        options.source,
+        out=options.out,
+        batch_size=options.batch_size,
+        diagnose=options.diagnose,
+        **solving(options),
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.evaluate_flow(options.run, options.source, judges=options.judges, out=options.out, **solving(options))
