@@ -13,7 +13,8 @@ import pytest
 
 from flowalign.errors import DataError
 from flowalign.scoring.cache import ScoreCache
-from flowalign.scoring.engine import AHEAD, Counts, Scorer, score
+from flowalign.scoring.engine import AHEAD, Scorer, score
+from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import open_items
 from flowalign.scoring.table import ScoreTable, read_table
 from tests.scoring.pixels import Brightness, Lettered, Means, card, folder_of, picture
@@ -75,8 +76,7 @@ def test_the_same_picture_and_prompt_are_scored_once_in_one_run(tmp_path: Path) 
 def test_what_changes_a_score_is_part_of_what_it_is_known_by(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path)
     plain, told = card("a", reads_prompt=False), card("b", reads_prompt=True)
-    cache.add(plain, {("picture", "one"): 1.0})
-    cache.add(told, {("picture", "one"): 2.0, ("other", "one"): float("nan")})
+    cache.add([(plain, {("picture", "one"): 1.0}), (told, {("picture", "one"): 2.0, ("other", "one"): float("nan")})])
     assert cache.find(plain, "picture", "two") == 1.0
     assert cache.find(told, "picture", "one") == 2.0
     assert cache.find(told, "picture", "two") is None
