@@ -103,14 +103,7 @@ def score(
         "seconds": seconds,
         "pictures_per_second": counts.rows / seconds,
         "rewards": figures,
-        "summary": "\n".join(
-            [
-                *_lines(scorer.cards, figures),
-                *_problems(counts.failed, counts.problems),
-                _pace(counts, seconds),
-                f"table: {out}",
-            ]
-        ),
+        "summary": "\n".join([*lines, *_problems(counts.failed, counts.problems), _pace(counts, seconds), f"table: {out}"]),
     }
 
 

@@ -4,8 +4,9 @@ Threads read, decode and prepare pictures (Pillow, resizing and hashing run outs
 start processes nor copy pictures between them); the calling thread runs one forward per backbone and batch. What a reward
 cannot score is null in the table with the reason beside it, and the rest goes on.
 
-Which pictures share a batch depends on the source and the batch size only, not on what was scored before a kill, because the
-last bits of a score may depend on it: batches end with their stretch of the source, and what failed stands apart for good.
+Which pictures and prompts share a forward depends on the source and the batch size only, not on what was scored before a kill,
+because the last bits of a score may depend on it: batches end with their stretch of the source, what failed stands apart for
+good, and a batch reads its prompts anew.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ class Scorer:
     @torch.inference_mode()
     def _judge(self, backbone: Backbone, judges: Sequence[Reward], rows: Sequence[Scored]) -> None:
         """Score rows, or note why not. What fails for a batch is tried again row by row: one picture may have spoilt it."""
+        backbone.forget()
         try:
             features = backbone.see([row.inputs[backbone.key] for row in rows])
         except Exception as error:

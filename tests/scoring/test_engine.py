@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.errors import DataError
 from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.engine import AHEAD, Scorer, score
 from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import open_items
 from flowalign.scoring.table import ScoreTable, read_table
-from tests.scoring.pixels import Brightness, Lettered, Means, card, folder_of, picture
+from tests.scoring.pixels import Brightness, Lettered, Means, folder_of, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,24 +70,6 @@ def test_the_same_picture_and_prompt_are_scored_once_in_one_run(tmp_path: Path) 
     table, counts, _ = run(source, tmp_path / "t.parquet", tmp_path / "c", batch_size=4)
     assert counts.forwards == 3
     assert len({*table.raw("lettered")[[1, *range(3, 11)]]}) == 1
-
-
-def test_what_changes_a_score_is_part_of_what_it_is_known_by(tmp_path: Path) -> None:
-    cache = ScoreCache(tmp_path)
-    plain, told = card("a", reads_prompt=False), card("b", reads_prompt=True)
-    cache.add([(plain, {("picture", "one"): 1.0}), (told, {("picture", "one"): 2.0, ("other", "one"): float("nan")})])
-    assert cache.find(plain, "picture", "two") == 1.0
-    assert cache.find(told, "picture", "one") == 2.0
-    assert cache.find(told, "picture", "two") is None
-    assert cache.find(told, "other", "one") is None  # a failure is not kept
-    assert cache.find(card("b", reads_prompt=True, fingerprint="b-2"), "picture", "one") is None
-    assert ScoreCache(tmp_path).find(plain, "picture", "") == 1.0
-
-
-def test_a_file_that_is_no_cache_is_said(tmp_path: Path) -> None:
-    (tmp_path / "scores.sqlite").write_text("something else that is long enough to be looked at by a database " * 20)
-    with pytest.raises(DataError, match=r"is not a cache of scores .*--cache"):
-        ScoreCache(tmp_path)
 
 
 def test_one_bad_picture_costs_no_other_its_score(tmp_path: Path) -> None:
