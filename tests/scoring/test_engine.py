@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from flowalign.errors import RunError
 from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.engine import AHEAD, Scorer, score
 from flowalign.scoring.scored import Counts
@@ -85,6 +90,51 @@ def test_one_bad_picture_costs_no_other_its_score(tmp_path: Path) -> None:
     assert "lettered is nan for the prompt 'nan it is'" in str(why[5])
     assert [why[n] for n in (0, 1, 3, 4, 6, 7)] == [None] * 6
     assert counts.problems[0].endswith("0002.png: lettered: ValueError: the text tower tripped")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path: Path) -> None:
+    class Small(Means):
+        def see(self, inputs: Sequence[Tensor]) -> Tensor:
+            sizes.append(len(inputs))
+            if len(inputs) > 3:
+                raise torch.OutOfMemoryError("too much")
+            return super().see(inputs)
+
+    sizes: list[int] = []
+    cache = ScoreCache(tmp_path / "c")
+    scorer = Scorer([Brightness(Small())], cache, batch_size=8)
+    counts = score(open_items(folder_of(tmp_path / "p", 8, None)), scorer, tmp_path / "t.parquet", progress=False)
+    assert (counts.scored, counts.failed, sizes) == (8, 0, [8, 4, 2, 2, 4, 2, 2])
+    assert read_table(tmp_path / "t.parquet").raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(8)])
+
+
+def test_one_picture_under_several_prompts_is_seen_once_by_what_reads_none(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 1, None)
+    lines = [json.dumps({"file_name": "0000.png", "prompt": f"prompt {number}"}) for number in range(6)]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    tower, other = Means("one"), Means("other")
+    scorer = Scorer([Brightness(tower), Lettered(other)], ScoreCache(tmp_path / "c"), batch_size=4)
+    score(open_items(source), scorer, tmp_path / "t.parquet", progress=False)
+    assert (len(tower.seen), len(other.seen)) == (1, 6)
+
+
+def test_a_cache_that_breaks_on_the_way_ends_the_run(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "c")
+
+    class Breaking(Means):
+        def see(self, inputs: Sequence[Tensor]) -> Tensor:
+            with sqlite3.connect(cache.path) as connection:
+                connection.execute("DROP TABLE IF EXISTS scores")
+            return super().see(inputs)
+
+    with pytest.raises(RunError, match="can no longer be used"):
+        score(
+            open_items(folder_of(tmp_path / "p", 8)),
+            Scorer([Brightness(Breaking())], cache, batch_size=4),
+            tmp_path / "t.parquet",
+            progress=False,
+        )
+    assert not (tmp_path / "t.parquet").exists()
 
 
 def test_rewards_that_read_no_prompt_need_none(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_cache_that_breaks_on_the_way_ends_the_run_in_one_sentence(tmp_path: P
     with sqlite3.connect(tmp_path / FILE) as other:
         other.execute("DROP TABLE scores")
     for ask in (lambda: cache.find(PLAIN, "p", "x"), lambda: cache.add([(PLAIN, {("p", "x"): 1.0})])):
-        with pytest.raises(RunError, match="can no longer be used .*run the same again") as error:
+        with pytest.raises(RunError, match=r"can no longer be used .*run the same again") as error:
             ask()
         assert "\n" not in str(error.value)
 
