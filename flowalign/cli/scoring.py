@@ -35,8 +35,12 @@ def add(command: Command) -> None:
 
 def _score(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
+    from flowalign.errors import RunError
 
     source = ("prompt", "image_column", "prompt_column", "format", "split", "limit")
     how = ("batch_size", "workers", "device", "precision", "cache", "engine", "replicas")
     settings = {name: getattr(options, name) for name in ("out", *source, *how)}
-    return runs.score(options.source, options.rewards, **settings)
+    try:
+        return runs.score(options.source, options.rewards, **settings)
+    except KeyboardInterrupt:
+        raise RunError("interrupted; what was scored is kept, so the same command goes on from there.") from None

@@ -12,6 +12,7 @@ good, and a batch reads its prompts anew.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ STRETCH = 512
 """Rows that are written together, and that a worker of a cluster gets at a time; with larger batches it is one of them."""
 AHEAD = 3
 """Batches that are read and prepared before they are needed."""
+EARLY = 64
+"""Rows after which a reward that has scored none of them is told."""
 MOST = 8
 """Batches of known rows that wait for a batch to fill up."""
 
@@ -201,12 +204,18 @@ def score(items: Items, scorer: Scorer, out: Path, *, limit: int | None = None, 
     """Score a source into the Parquet file `out`, which appears when it is whole; see `table.ScoreTable`."""
     places = range(len(items) if limit is None else min(limit, len(items)))
     with tqdm(total=len(places), unit="picture", desc="score", disable=not progress) as bar:
-        rows = _counted(scorer.rows(items, places), bar)
+        rows = _watched(scorer.rows(items, places), scorer, bar)
         blocks = iter(lambda: list(islice(rows, scorer.stretch)), [])
         return write_blocks((cells(block, scorer.cards) for block in blocks), scorer.cards, out)
 
 
-def _counted(rows: Iterator[Scored], bar: Any) -> Iterator[Scored]:
-    for row in rows:
+def _watched(rows: Iterator[Scored], scorer: Scorer, bar: Any) -> Iterator[Scored]:
+    """Rows as they pass, counted; a reward that fails for all of the first ones is told while there is time to stop."""
+    failing = dict.fromkeys(scorer.cards, "")
+    for number, row in enumerate(rows, 1):
+        failing = {name: why or row.why.get(name, "") for name, why in failing.items() if name not in row.scores}
+        if number == EARLY and not bar.disable:
+            for name, why in failing.items():
+                bar.write(f"{name} has scored none of the first {EARLY} pictures: {why}", file=sys.stderr)
         yield row
         bar.update(1)

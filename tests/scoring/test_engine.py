@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowalign.errors import RunError
 from flowalign.scoring.cache import ScoreCache
-from flowalign.scoring.engine import AHEAD, Scorer, score
+from flowalign.scoring.engine import AHEAD, EARLY, Scorer, score
 from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import open_items
 from flowalign.scoring.table import ScoreTable, read_table
@@ -144,6 +144,18 @@ def test_rewards_that_read_no_prompt_need_none(tmp_path: Path) -> None:
     assert {*table.texts("why.lettered")} == {
         "the picture has no prompt; give one beside it, in a column, or for all with --prompt"
     }
+
+
+def test_a_reward_that_scores_nothing_is_told_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = Means()
+    scorer = Scorer([Brightness(tower), Lettered(tower)], ScoreCache(tmp_path / "c"))
+    said = []
+    for count in (EARLY - 1, EARLY):
+        score(open_items(folder_of(tmp_path / "p", count, "always fail")), scorer, tmp_path / "t.parquet")
+        said.append(capsys.readouterr().err)
+    assert "has scored none" not in said[0]
+    assert f"lettered has scored none of the first {EARLY} pictures: ValueError: the text tower tripped" in said[1]
+    assert "brightness has scored none" not in said[1]
 
 
 def test_only_a_few_pictures_are_held_at_a_time(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from flowalign import cli, runs
 from flowalign.data.images import decode
+from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Shelf
 from flowalign.scoring.sources import open_items
@@ -167,3 +168,30 @@ def test_a_table_of_scores_is_scored_by_others(folder: Path, tmp_path: Path) -> 
     more = runs.score(str(out), [REWARDS], out=tmp_path / "more.parquet", device="cpu", progress=False)
     assert (more["failed"], more["forwards"]) == (0, 0)
     assert read_table(tmp_path / "more.parquet").data.equals(read_table(out).data)
+
+
+def test_interrupted_it_says_how_to_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hand:
+        """Presses Ctrl-C while the second batch is written."""
+
+        left = 1
+
+    add = ScoreCache.add
+
+    def interrupted(cache: ScoreCache, given: Any) -> Any:
+        Hand.left -= 1
+        if Hand.left < 0:
+            raise KeyboardInterrupt
+        return add(cache, given)
+
+    out = tmp_path / "t.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreCache, "add", interrupted)
+        code, _, result = command(capsys, folder, "--rewards", REWARDS, "--out", out, "--batch-size", 2)
+    assert code == 1
+    assert result["error"]["message"] == "interrupted; what was scored is kept, so the same command goes on from there."
+    assert not list(tmp_path.glob("*t.parquet*"))
+    code, _, result = command(capsys, folder, "--rewards", REWARDS, "--out", out, "--batch-size", 2)
+    assert (code, result["forwards"], result["cached"]) == (0, 2, 4)
