@@ -42,7 +42,7 @@ def score(
     split: str = "train",
     limit: int | None = None,
     batch_size: int = 32,
-    workers: int = 2,
+    workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     cache: Path | None = None,
@@ -53,9 +53,9 @@ def score(
     """Score pictures by several rewards into the table `out`, see `scoring.table`. What was scored before is not scored again.
 
     source, prompt, image_column, prompt_column, format, split: see `scoring.sources.open_items`. rewards: see
-    `scoring.loading.load_rewards`. workers: threads that decode. engine: one of `ENGINES`; "ray" scores on a cluster with so
-    many `replicas` of the rewards, each on a GPU of its own where `device` is cuda, or auto and the cluster has any. Raises
-    UserError for what cannot be opened or named, RunError where no picture could be scored.
+    `scoring.loading.load_rewards`. workers: threads that decode, by default one a core and at most 8. engine: one of `ENGINES`;
+    "ray" scores on a cluster with so many `replicas` of the rewards, each on a GPU of its own where `device` is cuda, or auto
+    and the cluster has any. Raises UserError for what cannot be opened or named, RunError where no picture could be scored.
     """
     for name, value, choices in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
         if value not in choices:
@@ -70,7 +70,7 @@ def score(
             source, format=format, image_column=image_column, prompt_column=prompt_column, prompt=prompt, split=split
         )
         loaded = load_rewards(rewards, Shelf(choose_device(device), PRECISIONS[precision]))
-        return items, Scorer(loaded, ScoreCache(folder), batch_size=batch_size, workers=workers)
+        return items, Scorer(loaded, ScoreCache(folder), batch_size=batch_size, workers=workers or min(8, os.cpu_count() or 2))
 
     # Workers have their GPUs to themselves; the process that they answer needs the cards only.
     items, scorer = opened(device if engine == "local" else "cpu")
