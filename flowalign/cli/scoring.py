@@ -25,7 +25,7 @@ def add(command: Command) -> None:
     score.add_argument("--split", default="train", metavar="NAME", help="of a data set or of named shards (%(default)s)")
     score.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     score.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures scored together (%(default)s)")
-    score.add_argument("--workers", type=positive, default=2, metavar="N", help="threads that decode (%(default)s)")
+    score.add_argument("--workers", type=positive, metavar="N", help="threads that decode (one a core, at most 8)")
     score.add_argument("--engine", choices=("local", "ray"), default="local", help="here, or on a Ray cluster (%(default)s)")
     score.add_argument("--replicas", type=positive, default=2, metavar="N", help="ray: copies of the rewards (%(default)s)")
     score.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -35,8 +35,12 @@ def add(command: Command) -> None:
 
 def _score(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
+    from flowalign.errors import RunError
 
     source = ("prompt", "image_column", "prompt_column", "format", "split", "limit")
     how = ("batch_size", "workers", "device", "precision", "cache", "engine", "replicas")
     settings = {name: getattr(options, name) for name in ("out", *source, *how)}
-    return runs.score(options.source, options.rewards, **settings)
+    try:
+        return runs.score(options.source, options.rewards, **settings)
+    except KeyboardInterrupt:
+        raise RunError("interrupted; what was scored is kept, so the same command goes on from there.") from None

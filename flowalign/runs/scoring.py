@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,9 +22,10 @@ from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.engine import Scorer
 from flowalign.scoring.engine import score as score_items
 from flowalign.scoring.loading import load_rewards
-from flowalign.scoring.rewards.base import Shelf
+from flowalign.scoring.rewards.base import Card, Shelf
+from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import Items, open_items
-from flowalign.scoring.table import ScoreTable, read_table
+from flowalign.scoring.table import raw_scores
 from flowalign.sources import cache_folder
 
 ENGINES = ("local", "ray")
@@ -40,7 +43,7 @@ def score(
     split: str = "train",
     limit: int | None = None,
     batch_size: int = 32,
-    workers: int = 2,
+    workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     cache: Path | None = None,
@@ -51,40 +54,51 @@ def score(
     """Score pictures by several rewards into the table `out`, see `scoring.table`. What was scored before is not scored again.
 
     source, prompt, image_column, prompt_column, format, split: see `scoring.sources.open_items`. rewards: see
-    `scoring.loading.load_rewards`. workers: threads that decode. engine: one of `ENGINES`; "ray" scores on a cluster with so
-    many `replicas` of the rewards, each on a GPU of its own where `device` is one. Raises UserError for what cannot be opened
-    or named, RunError where no picture could be scored.
+    `scoring.loading.load_rewards`. workers: threads that decode, by default one a core and at most 8. engine: one of `ENGINES`;
+    "ray" scores on a cluster with so many `replicas` of the rewards, each on a GPU of its own where `device` is cuda, or auto
+    and the cluster has any. Raises UserError for what cannot be opened or named, RunError where no picture could be scored.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine is {engine!r}; {allowed(engine, ENGINES)}.")
-    if out.suffix != ".parquet":
-        raise ConfigError(f"out is {out}; a score table is a Parquet file, so give a name that ends with .parquet.")
+    for name, value, choices in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}; {allowed(value, choices)}.")
+    _check(out)
     folder = cache_folder(cache).absolute()
+    if (here := Path(source).expanduser()).exists():
+        source = str(here.absolute())  # workers of a cluster may start elsewhere
 
-    def opened() -> tuple[Items, Scorer]:
+    def opened(device: str) -> tuple[Items, Scorer]:
         items = open_items(
             source, format=format, image_column=image_column, prompt_column=prompt_column, prompt=prompt, split=split
         )
         loaded = load_rewards(rewards, Shelf(choose_device(device), PRECISIONS[precision]))
-        return items, Scorer(loaded, ScoreCache(folder), batch_size=batch_size, workers=workers)
+        return items, Scorer(loaded, ScoreCache(folder), batch_size=batch_size, workers=workers or min(8, os.cpu_count() or 2))
 
-    items, scorer = opened()
+    # Workers have their GPUs to themselves; the process that they answer needs the cards only.
+    items, scorer = opened(device if engine == "local" else "cpu")
     started = time.perf_counter()
     if engine == "local":
         counts = score_items(items, scorer, out, limit=limit, progress=progress)
     else:
         from flowalign.scoring.ray_engine import score_on_ray
 
-        cards = {reward.card.name: reward.card for reward in scorer.rewards}
-        count, gpus = len(items) if limit is None else min(limit, len(items)), float(choose_device(device).type == "cuda")
-        counts = score_on_ray(opened, cards, count, out, replicas=replicas, gpus=gpus, progress=progress)
+        on_gpu = device.startswith("cuda")
+        counts = score_on_ray(
+            lambda: opened("auto" if on_gpu else device),
+            scorer.cards,
+            len(items) if limit is None else min(limit, len(items)),
+            out,
+            block=scorer.stretch,
+            replicas=replicas,
+            gpus=None if device == "auto" else float(on_gpu),
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     if not counts.scored:
         said = f"; the first: {counts.problems[0]}" if counts.problems else ""
         raise RunError(f"none of the {counts.rows} pictures of {source} could be scored{said}")
-    table = read_table(out)
-    figures = {name: figures_of(table.raw(name)) for name in table.rewards}
-    page = write_scores_page(table, out.with_suffix(".html"))
+    figures = {name: figures_of(raw_scores(out, name)) for name in scorer.cards}
+    lines = _lines(scorer.cards, figures)
+    page = write_scores_page(read_table(out), out.with_suffix(".html"))
     return {
         "table": str(out),
         "page": str(page),
@@ -92,10 +106,23 @@ def score(
         "seconds": seconds,
         "pictures_per_second": counts.rows / seconds,
         "rewards": figures,
-        "summary": "\n".join(
-            [*_lines(table, figures), *_problems(counts.failed, counts.problems), f"table: {out}", f"page: {page}"]
+        "summary": "
+".join(
+            [*lines, *_problems(counts.failed, counts.problems), _pace(counts, seconds), f"{out}, to look at: {page}"]
         ),
     }
+
+
+def _check(out: Path) -> None:
+    """Before an hour of scoring rather than after it. Raises ConfigError."""
+    if out.suffix != ".parquet" or out.is_dir():
+        raise ConfigError(f"out is {out}; a score table is a Parquet file, so give a file's name that ends with .parquet.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"out is {out}, where nothing can be written ({error.strerror}); choose another place.") from None
 
 
 def figures_of(scores: NDArray[np.float64]) -> dict[str, float | int | None]:
@@ -107,17 +134,13 @@ def figures_of(scores: NDArray[np.float64]) -> dict[str, float | int | None]:
     return out
 
 
-def _lines(table: ScoreTable, figures: Mapping[str, Mapping[str, float | int | None]]) -> list[str]:
+def _lines(cards: Mapping[str, Card], figures: Mapping[str, Mapping[str, float | int | None]]) -> list[str]:
     columns = ("n", "failed", "mean", "sd", "min", "median", "max")
     wide = max(len("reward"), *(len(name) for name in figures))
     lines = [f"{'reward':{wide}}  better  " + "  ".join(f"{column:>8}" for column in columns)]
     for name, row in figures.items():
         cells = (f"{row[column]:>8}" if column in ("n", "failed") else f"{_short(row[column]):>8}" for column in columns)
-        lines.append(
-            f"{name:{wide}}  {table.cards[name].better}  "
-            + (" " if table.cards[name].better == "lower" else "")
-            + "  ".join(cells)
-        )
+        lines.append(f"{name:{wide}}  {cards[name].better:6}  " + "  ".join(cells))
     return lines
 
 
@@ -125,6 +148,12 @@ def _short(value: float | int | None) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _pace(counts: Counts, seconds: float) -> str:
+    lack = f", {counts.failed} of them lack a score" if counts.failed else ""
+    known = f"; {counts.cached} scores were known" if counts.cached else ""
+    return f"{counts.rows} pictures in {seconds:.1f} s, {counts.rows / seconds:.1f} a second{lack}{known}"
 
 
 def _problems(failed: int, problems: Sequence[str], shown: int = 5) -> list[str]:

@@ -6,22 +6,28 @@ import hashlib
 import math
 import sqlite3
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from flowalign.errors import DataError
+from flowalign.errors import DataError, RunError
 from flowalign.scoring.rewards.base import Card
 
 FILE = "scores.sqlite"
 WAIT = 60.0
 """Seconds that one process waits for another to finish writing."""
+TABLES = ("scores (key BLOB PRIMARY KEY, score REAL NOT NULL)", "alone (key BLOB PRIMARY KEY)")
+Name = tuple[str, str]
+"""sha256 of a picture, and a prompt."""
 
 
 class ScoreCache:
     """Scores by (picture, prompt, reward's fingerprint); where a reward reads no prompt, by the other two.
 
-    Threads, and processes of one machine, may use a file at once. What was written survives a kill at any instant. Raises
-    DataError for a file that is no such cache.
+    Threads, and processes of one machine, may use a file at once; of two that score the same, the first is believed. What was
+    written survives a kill at any instant. Raises DataError for a file that is no such cache, and later RunError for one that
+    can no longer be read or written, such as on a full disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,11 +35,23 @@ class ScoreCache:
         self._threads = threading.local()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open.execute("PRAGMA journal_mode = WAL")
-            self._open.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID")
+            self._set_up()
         except (OSError, sqlite3.Error) as error:
             said = f"{self.path} is not a cache of scores ({error}); move it away or choose another folder with --cache."
             raise DataError(said) from error
+
+    def _set_up(self) -> None:
+        until = time.monotonic() + WAIT
+        while True:
+            try:
+                self._open.execute("PRAGMA journal_mode = WAL")  # does not wait for another process that does the same
+                for table in TABLES:
+                    self._open.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     @property
     def _open(self) -> sqlite3.Connection:
@@ -45,15 +63,52 @@ class ScoreCache:
 
     def find(self, card: Card, picture: str, prompt: str) -> float | None:
         """The score of a picture by one reward; None where it is not known."""
-        row = self._open.execute("SELECT score FROM scores WHERE key = ?", (_key(card, picture, prompt),)).fetchone()
+        with self._working() as connection:
+            row = connection.execute("SELECT score FROM scores WHERE key = ?", (_key(card, picture, prompt),)).fetchone()
         return None if row is None else float(row[0])
 
-    def add(self, card: Card, scores: Mapping[tuple[str, str], float]) -> None:
-        """Keep scores of (picture, prompt) pairs: all of them or, if the process is killed, none."""
-        rows = [(_key(card, *names), score) for names, score in scores.items() if math.isfinite(score)]
-        with self._open as connection:
+    def add(self, given: Sequence[tuple[Card, Mapping[Name, float]]]) -> list[dict[Name, float]]:
+        """Keep scores by several rewards: all of them or, if the process is killed, none. Returns the ones that stand, which
+        are those of another process where it was earlier; what is not finite is not kept."""
+        with self._writing() as connection:
+            stand = []
+            for card, scores in given:
+                keys = {name: _key(card, *name) for name, score in scores.items() if math.isfinite(score)}
+                rows = [(key, scores[name]) for name, key in keys.items()]
+                connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)
+                known = {
+                    name: connection.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()[0]
+                    for name, key in keys.items()
+                }
+                stand.append(dict(scores) | known)
+        return stand
+
+    def set_apart(self, cards: Iterable[Card], names: Iterable[Name]) -> None:
+        """Remember that these failed together and are scored one by one, also when they come again."""
+        keys = {_key(card, *name) for name in names for card in cards}
+        with self._writing() as connection:
+            connection.executemany("INSERT OR IGNORE INTO alone VALUES (?)", [(key,) for key in sorted(keys)])
+
+    def is_apart(self, card: Card, picture: str, prompt: str) -> bool:
+        """Whether it was `set_apart`."""
+        with self._working() as connection:
+            row = connection.execute("SELECT 1 FROM alone WHERE key = ?", (_key(card, picture, prompt),)).fetchone()
+        return row is not None
+
+    @contextmanager
+    def _working(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._open
+        except sqlite3.Error as error:
+            raise RunError(
+                f"the cache {self.path} can no longer be used ({error}); make room, or move it away, and run the same again."
+            ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._working() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+            yield connection
 
 
 def _key(card: Card, picture: str, prompt: str) -> bytes:

@@ -13,8 +13,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from flowalign.errors import MissingExtraError
-from flowalign.scoring.engine import BLOCK, Counts, Scorer, cells, write_blocks
+from flowalign.scoring.engine import Scorer
 from flowalign.scoring.rewards.base import Card
+from flowalign.scoring.scored import Counts, cells, write_blocks
 from flowalign.scoring.sources import Items
 
 Open = Callable[[], tuple[Items, Scorer]]
@@ -24,13 +25,14 @@ Open = Callable[[], tuple[Items, Scorer]]
 class Worker:
     """One worker's source and rewards."""
 
-    def __init__(self, open_all: Open) -> None:
+    def __init__(self, open_all: Open, count: int, block: int) -> None:
         self.items, self.scorer = open_all()
-        self.cards = {reward.card.name: reward.card for reward in self.scorer.rewards}
+        self.count, self.block = count, block
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        places = [int(place) for place in batch["id"]]
-        return cells(list(self.scorer.rows(self.items, places)), self.cards)
+        """Blocks by their number -> their rows, scored."""
+        places = [place for number in batch["id"] for place in range(self.count)[self.block * number :][: self.block]]
+        return cells(list(self.scorer.rows(self.items, places)), self.scorer.cards)
 
 
 def score_on_ray(
@@ -39,14 +41,15 @@ def score_on_ray(
     count: int,
     out: Path,
     *,
+    block: int,
     replicas: int = 2,
-    gpus: float = 0.0,
-    block: int = BLOCK // 4,
+    gpus: float | None = None,
     progress: bool = True,
 ) -> Counts:
     """Score rows 0 to `count` with as many `replicas`, each with so many `gpus`, on the cluster that Ray finds or starts.
 
-    block: rows that a worker gets at a time. Raises MissingExtraError where Ray is not installed.
+    gpus: None for one if the cluster has any. block: rows that a worker gets at a time; the scorer's `stretch` makes the
+    batches of the local engine. Raises MissingExtraError where Ray is not installed.
     """
     try:
         import ray
@@ -57,9 +60,12 @@ def score_on_ray(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    work = ray.data.range(count, override_num_blocks=max(1, -(-count // block))).map_batches(
+    if gpus is None:
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
+    blocks = -(-count // block)
+    work = ray.data.range(blocks, override_num_blocks=blocks).map_batches(
         Worker,
-        fn_constructor_args=(open_all,),
+        fn_constructor_args=(open_all, count, block),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=replicas),
         num_gpus=gpus,

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowalign.data.columns import PROMPTS, Pictures, detect
 from flowalign.data.readers import Comparisons, open_comparisons, open_rows
-from flowalign.data.records import FileImage, ImageRef
+from flowalign.data.records import FileImage, ImageRef, key63
 from flowalign.data.remote import Place, at, whole
 from flowalign.data.rows import PICTURES, Rows
 from flowalign.data.writer import address
 from flowalign.errors import DataError, allowed
+from flowalign.scoring.table import RAW, is_score_table
 
 IMAGE_COLUMNS = ("image", "file_name", "picture", "path", "image_path", "img", "png", "jpg", "jpeg", "webp")
 """Names that the column of pictures goes by, likeliest first."""
@@ -58,7 +62,8 @@ class FolderItems(Items):
 
     def __init__(self, folder: Path, prompt: str | None) -> None:
         self.folder, self._prompt = folder, prompt
-        self._files = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in PICTURES)
+        found = (path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in PICTURES)
+        self._files = sorted(path.relative_to(folder).as_posix() for path in found)  # as text, a fifth of a path's size
         if not self._files:
             raise DataError(f"{folder} holds no picture ({', '.join(sorted(PICTURES))}); check the path.")
 
@@ -66,11 +71,11 @@ class FolderItems(Items):
         return len(self._files)
 
     def item(self, place: int) -> Item:
-        path = self._files[place]
+        path = self.folder / self._files[place]
         return Item(FileImage(str(path), path), str(whole(path)), self._prompt or _beside(path))
 
     def where(self, place: int) -> str:
-        return self._files[place].relative_to(self.folder).as_posix()
+        return self._files[place]
 
 
 class RowItems(Items):
@@ -101,37 +106,39 @@ class RowItems(Items):
 
 
 class ComparisonItems(Items):
-    """Every picture of comparisons with its prompt, each once. Which there are is found by reading all rows, no picture."""
+    """Every picture of comparisons with its prompt, each once. Which there are is found by reading all rows, no picture.
+
+    What is held of a picture are three integers.
+    """
 
     def __init__(self, comparisons: Comparisons, told: str | None) -> None:
         self._comparisons, self._told = comparisons, told
-        self._places: list[tuple[int, int]] = []
-        seen: set[tuple[str, str]] = set()
+        identities, rows, numbers = array("q"), array("q"), array("q")
         for row in range(len(comparisons)):
             try:
                 comparison = comparisons[row]
-            except DataError:
-                self._places.append((row, 0))  # its item says what is wrong
-                continue
-            for number, image in enumerate(comparison.images):
-                identity = (image.name, comparison.prompt)
-                if identity not in seen:
-                    seen.add(identity)
-                    self._places.append((row, number))
+                found = [key63(told or comparison.prompt, image.name) for image in comparison.images]
+            except DataError:  # its item says what is wrong
+                found = [-1 - row]
+            identities.extend(found)
+            rows.extend([row] * len(found))
+            numbers.extend(range(len(found)))
+        first = np.sort(np.unique(np.frombuffer(identities, dtype=np.int64), return_index=True)[1])
+        self._rows, self._numbers = (np.frombuffer(each, dtype=np.int64)[first] for each in (rows, numbers))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def item(self, place: int) -> Item:
-        row, number = self._places[place]
-        comparison = self._comparisons[row]
+        number = int(self._numbers[place])
+        comparison = self._comparisons[int(self._rows[place])]
         ref = comparison.images[number]
         made = comparison.generator[number] if comparison.generator else None
         seed = comparison.seed[number] if comparison.seed else None
         return Item(ref, address(ref) or f"{self.where(place)}:{number}", self._told or comparison.prompt, made, seed)
 
     def where(self, place: int) -> str:
-        return self._comparisons.rows.where(self._places[place][0])
+        return self._comparisons.rows.where(int(self._rows[place]))
 
 
 def open_items(
@@ -179,6 +186,8 @@ def open_items(
 
 def _picture_column(rows: Rows) -> str | None:
     """The usual column of pictures; None where there is none or where it holds lists, which are comparisons."""
+    if any(name.startswith(RAW) for name in rows.columns):  # a score table, whose `image` is a hash
+        return "path"
     for name in IMAGE_COLUMNS:
         if name in rows.columns:
             for place in range(min(len(rows), 16)):
@@ -193,11 +202,13 @@ def _picture_column(rows: Rows) -> str | None:
 
 
 def _is_bare(folder: Place) -> bool:
-    """Whether a folder holds pictures and no table, archive or data set."""
+    """Whether a folder holds pictures and no table, archive or data set; tables of scores do not count."""
     tables = ("metadata.jsonl", "state.json", "dataset_dict.json")
     if any((folder / name).exists() for name in tables):
         return False
-    return not any(next(folder.rglob(f"*.{ending}"), None) for ending in ("parquet", "tar"))
+    if next(folder.rglob("*.tar"), None):
+        return False
+    return all(is_score_table(path) for path in folder.rglob("*.parquet") if isinstance(path, Path))
 
 
 def _beside(path: Path) -> str | None:

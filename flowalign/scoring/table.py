@@ -112,6 +112,20 @@ class ScoreTable:
             pq.write_table(self.data.replace_schema_metadata(metadata(self.cards)), temporary, compression="zstd")
 
 
+def is_score_table(path: Path) -> bool:
+    """Whether a Parquet file holds a table of scores, of which only the schema is read."""
+    try:
+        return KEY in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def raw_scores(path: Path, reward: str) -> NDArray[np.float64]:
+    """Raw scores `[n]` by one reward of the table in a file, of which nothing else is read; NaN where there is none."""
+    column = pq.read_table(path, columns=[RAW + reward]).column(0)
+    return column.to_numpy(zero_copy_only=False).astype(np.float64)
+
+
 def metadata(cards: Mapping[str, Card]) -> dict[bytes, bytes]:
     """What a table's file says of its rewards."""
     about = {"version": VERSION, "rewards": [asdict(card) for card in cards.values()]}

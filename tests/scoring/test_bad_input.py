@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -137,11 +139,80 @@ def test_what_cannot_be_opened_is_reported(tmp_path: Path) -> None:
     assert all("cannot read picture" in str(found[name]) for name in ("a.png", "b.png", "c.png", "d.png"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
 def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
+    """A file without permission is none to root; one whose reading fails is unreadable to all."""
+    source = folder_of(tmp_path / "p", 4)
+    (source / "0001.png").unlink()
+    (source / "0001.png").symlink_to("/proc/self/mem")
+    (source / "0002.png").chmod(0)
+    why = scored(source, tmp_path).texts("why.brightness")
+    assert "cannot read picture" in str(why[1])
+    assert "Input/output error" in str(why[1])
+    assert os.geteuid() == 0 or "Permission denied" in str(why[2])
+    assert (why[0], why[3]) == (None, None)
+
+
+def test_a_name_that_is_not_text_is_no_reason(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "p", 2)
-    (source / "0001.png").chmod(0)
-    assert "Permission denied" in str(scored(source, tmp_path).texts("why.brightness")[1])
+    (source / os.fsdecode(b"sh\xe9.png")).write_bytes(encoded(RED))
+    table = scored(source, tmp_path)
+    assert table.raw("brightness")[2] == pytest.approx(THIRD)
+    assert str(table.texts("path")[2]).endswith("sh?.png")
+
+
+def test_a_loop_of_folders_is_not_followed(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 2)
+    (source / "inner").mkdir()
+    (source / "inner" / "again").symlink_to(source, target_is_directory=True)
+    assert len(scored(source, tmp_path)) == 2
+
+
+def test_a_picture_outside_of_the_folder_is_what_the_row_says(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 1, None)
+    (tmp_path / "elsewhere.png").write_bytes(encoded(RED))
+    names = ["0000.png", "../elsewhere.png", str(tmp_path / "elsewhere.png")]
+    (source / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name, "prompt": "x"}) + "\n" for name in names))
+    table = scored(source, tmp_path)
+    assert table.raw("brightness")[1:].tolist() == pytest.approx([THIRD, THIRD])
+    assert table.texts("path")[1:] == [str(tmp_path / "elsewhere.png")] * 2
+
+
+def test_a_column_that_some_rows_lack_costs_those_rows(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 3, None)
+    rows = [{"file_name": "0000.png", "prompt": "x"}, {"prompt": "x"}, {"file_name": "0002.png"}]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = scored(source, tmp_path)
+    assert [why is None for why in table.texts("why.brightness")] == [True, False, True]
+    assert [why is None for why in table.texts("why.lettered")] == [True, False, False]
+    assert "has no prompt" in str(table.texts("why.lettered")[2])
+
+
+@pytest.mark.parametrize("label", [float("nan"), "often", None, -1])
+def test_a_vote_that_means_nothing_costs_its_row(tmp_path: Path, label: object) -> None:
+    folder_of(tmp_path, 4, None)
+    rows = [
+        {"caption": "x", "jpg_0": f"000{n}.png", "jpg_1": f"000{n + 1}.png", "label_0": label if n == 2 else 1, "label_1": 0}
+        for n in (0, 2)
+    ]
+    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = scored(tmp_path / "votes.jsonl", tmp_path)
+    assert [why is None for why in table.texts("why.brightness")] == [True, True, False]
+    assert table.texts("path")[2] == "votes.jsonl:2"
+
+
+def test_a_table_that_is_damaged_in_the_middle_costs_what_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    data = [{"image": encoded(Image.effect_noise((32, 32), n + 1)), "prompt": "x"} for n in range(30)]
+    pq.write_table(pa.Table.from_pylist(data), path, row_group_size=10, compression="zstd", use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+    why = scored(path, tmp_path).texts("why.brightness")
+    assert all(each is None for each in (*why[:10], *why[20:]))
+    assert any(each is not None for each in why[10:20])
 
 
 PROMPTS = {

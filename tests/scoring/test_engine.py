@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from flowalign.errors import DataError
+from flowalign.errors import RunError
 from flowalign.scoring.cache import ScoreCache
-from flowalign.scoring.engine import AHEAD, Counts, Scorer, score
+from flowalign.scoring.engine import AHEAD, EARLY, Scorer, score
+from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import open_items
 from flowalign.scoring.table import ScoreTable, read_table
-from tests.scoring.pixels import Brightness, Lettered, Means, card, folder_of, picture
+from tests.scoring.pixels import Brightness, Lettered, Means, folder_of, picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,25 +77,6 @@ def test_the_same_picture_and_prompt_are_scored_once_in_one_run(tmp_path: Path) 
     assert len({*table.raw("lettered")[[1, *range(3, 11)]]}) == 1
 
 
-def test_what_changes_a_score_is_part_of_what_it_is_known_by(tmp_path: Path) -> None:
-    cache = ScoreCache(tmp_path)
-    plain, told = card("a", reads_prompt=False), card("b", reads_prompt=True)
-    cache.add(plain, {("picture", "one"): 1.0})
-    cache.add(told, {("picture", "one"): 2.0, ("other", "one"): float("nan")})
-    assert cache.find(plain, "picture", "two") == 1.0
-    assert cache.find(told, "picture", "one") == 2.0
-    assert cache.find(told, "picture", "two") is None
-    assert cache.find(told, "other", "one") is None  # a failure is not kept
-    assert cache.find(card("b", reads_prompt=True, fingerprint="b-2"), "picture", "one") is None
-    assert ScoreCache(tmp_path).find(plain, "picture", "") == 1.0
-
-
-def test_a_file_that_is_no_cache_is_said(tmp_path: Path) -> None:
-    (tmp_path / "scores.sqlite").write_text("something else that is long enough to be looked at by a database " * 20)
-    with pytest.raises(DataError, match=r"is not a cache of scores .*--cache"):
-        ScoreCache(tmp_path)
-
-
 def test_one_bad_picture_costs_no_other_its_score(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "p", 8)
     for number, prompt in ((2, "do fail here"), (5, "nan it is")):
@@ -106,6 +92,51 @@ def test_one_bad_picture_costs_no_other_its_score(tmp_path: Path) -> None:
     assert counts.problems[0].endswith("0002.png: lettered: ValueError: the text tower tripped")
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path: Path) -> None:
+    class Small(Means):
+        def see(self, inputs: Sequence[Tensor]) -> Tensor:
+            sizes.append(len(inputs))
+            if len(inputs) > 3:
+                raise torch.OutOfMemoryError("too much")
+            return super().see(inputs)
+
+    sizes: list[int] = []
+    cache = ScoreCache(tmp_path / "c")
+    scorer = Scorer([Brightness(Small())], cache, batch_size=8)
+    counts = score(open_items(folder_of(tmp_path / "p", 8, None)), scorer, tmp_path / "t.parquet", progress=False)
+    assert (counts.scored, counts.failed, sizes) == (8, 0, [8, 4, 2, 2, 4, 2, 2])
+    assert read_table(tmp_path / "t.parquet").raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(8)])
+
+
+def test_one_picture_under_several_prompts_is_seen_once_by_what_reads_none(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "p", 1, None)
+    lines = [json.dumps({"file_name": "0000.png", "prompt": f"prompt {number}"}) for number in range(6)]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    tower, other = Means("one"), Means("other")
+    scorer = Scorer([Brightness(tower), Lettered(other)], ScoreCache(tmp_path / "c"), batch_size=4)
+    score(open_items(source), scorer, tmp_path / "t.parquet", progress=False)
+    assert (len(tower.seen), len(other.seen)) == (1, 6)
+
+
+def test_a_cache_that_breaks_on_the_way_ends_the_run(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "c")
+
+    class Breaking(Means):
+        def see(self, inputs: Sequence[Tensor]) -> Tensor:
+            with sqlite3.connect(cache.path) as connection:
+                connection.execute("DROP TABLE IF EXISTS scores")
+            return super().see(inputs)
+
+    with pytest.raises(RunError, match="can no longer be used"):
+        score(
+            open_items(folder_of(tmp_path / "p", 8)),
+            Scorer([Brightness(Breaking())], cache, batch_size=4),
+            tmp_path / "t.parquet",
+            progress=False,
+        )
+    assert not (tmp_path / "t.parquet").exists()
+
+
 def test_rewards_that_read_no_prompt_need_none(tmp_path: Path) -> None:
     table, counts, _ = run(folder_of(tmp_path / "p", 3, None), tmp_path / "t.parquet", tmp_path / "c")
     assert (counts.scored, counts.failed) == (3, 3)
@@ -113,6 +144,18 @@ def test_rewards_that_read_no_prompt_need_none(tmp_path: Path) -> None:
     assert {*table.texts("why.lettered")} == {
         "the picture has no prompt; give one beside it, in a column, or for all with --prompt"
     }
+
+
+def test_a_reward_that_scores_nothing_is_told_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = Means()
+    scorer = Scorer([Brightness(tower), Lettered(tower)], ScoreCache(tmp_path / "c"))
+    said = []
+    for count in (EARLY - 1, EARLY):
+        score(open_items(folder_of(tmp_path / "p", count, "always fail")), scorer, tmp_path / "t.parquet")
+        said.append(capsys.readouterr().err)
+    assert "has scored none" not in said[0]
+    assert f"lettered has scored none of the first {EARLY} pictures: ValueError: the text tower tripped" in said[1]
+    assert "brightness has scored none" not in said[1]
 
 
 def test_only_a_few_pictures_are_held_at_a_time(tmp_path: Path) -> None:

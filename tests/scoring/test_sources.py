@@ -95,6 +95,8 @@ def test_comparisons_give_each_picture_and_prompt_once(tmp_path: Path) -> None:
     items = open_items(tmp_path / "votes.jsonl")
     found = [(Path(item.path).name, item.prompt) for item in map(items.item, range(len(items)))]
     assert found == [(names[0], "a"), (names[1], "a"), (names[2], "a"), (names[0], "b"), (names[1], "b")]
+    told = open_items(tmp_path / "votes.jsonl", prompt="c")
+    assert [(Path(told.item(n).path).name, told.item(n).prompt) for n in range(len(told))] == [(name, "c") for name in names]
 
 
 @pytest.mark.parametrize("make", [files, metadata, jsonl, parquet])

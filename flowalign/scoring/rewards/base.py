@@ -70,6 +70,9 @@ class Backbone(ABC):
     def see(self, inputs: Sequence[Any]) -> Any:
         """B inputs of `prepare` -> features of the batch, on `device`. A row depends on its own picture only."""
 
+    def forget(self) -> None:  # noqa: B027  # most keep nothing
+        """Drop what was kept of earlier prompts: which ones they were encoded together with may show in their last bits."""
+
     def prepare_pixels(self, pixels: Tensor) -> Sequence[Any]:
         """Pixels `[B, 3, H, W]` in [0, 1] -> inputs of `see`, differentiable. Raises RunError where there is no such way."""
         raise RunError(f"{self.key} has no gradient with respect to pixels; choose a reward whose card says differentiable.")

@@ -65,6 +65,9 @@ class Contrastive(Backbone):
     def prepare(self, image: Image.Image) -> Tensor:
         return self.framing.picture(image)
 
+    def forget(self) -> None:
+        self._texts.clear()
+
     def prepare_pixels(self, pixels: Tensor) -> Sequence[Tensor]:
         return self.framing.pixels(pixels)  # type: ignore[return-value]  # a tensor is a sequence of its rows
 

@@ -115,6 +115,8 @@ class Framing:
 def normalised(inputs: Sequence[Tensor] | Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """B inputs of `Framing.picture` or `Framing.pixels` -> `[B, 3, height, width]` float32, as the tower was trained on."""
     x = inputs if isinstance(inputs, Tensor) else torch.stack(tuple(inputs))
+    if mean.device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # only from there does a copy not wait
     x = x.to(mean.device, non_blocking=True)
     x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
     return (x - mean) / std
