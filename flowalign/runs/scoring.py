@@ -106,8 +106,7 @@ def score(
         "seconds": seconds,
         "pictures_per_second": counts.rows / seconds,
         "rewards": figures,
-        "summary": "
-".join(
+        "summary": "\n".join(
             [*lines, *_problems(counts.failed, counts.problems), _pace(counts, seconds), f"{out}, to look at: {page}"]
         ),
     }
