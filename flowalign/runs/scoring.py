@@ -25,7 +25,7 @@ from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Card, Shelf
 from flowalign.scoring.scored import Counts
 from flowalign.scoring.sources import Items, open_items
-from flowalign.scoring.table import raw_scores
+from flowalign.scoring.table import raw_scores, read_table
 from flowalign.sources import cache_folder
 
 ENGINES = ("local", "ray")
