@@ -54,6 +54,10 @@ class Comparisons(Sequence[Comparison]):
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 
+    def number(self, place: int) -> int:
+        """Which of `rows` a comparison is, or begins with."""
+        return place if self._index is None else int(np.atleast_1d(self._index[place])[0])
+
     def select(self, places: Sequence[int]) -> Comparisons:
         """These comparisons only, in this order."""
         index = np.arange(len(self.rows)) if self._index is None else self._index

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowalign.data.columns import CELL
+from flowalign.data.columns import CELL, FREE, conventions
+from flowalign.data.readers import Comparisons
 from flowalign.data.records import CellImage, Comparison, FileImage, ImageRef
 from flowalign.data.remote import ADDRESS, at, whole
 from flowalign.data.tables import ParquetRows
@@ -55,6 +56,23 @@ def row_of(comparison: Comparison) -> dict[str, Any]:
         if value is not None:
             row[name] = list(value) if isinstance(value, tuple) else value
     return row
+
+
+def others_of(comparisons: Comparisons, place: int) -> dict[str, Any]:
+    """What a comparison's row holds beside the columns that conventions know, as far as JSON can hold it."""
+    if comparisons.convention.index is not None:  # several rows are one comparison
+        return {}
+    known = {name for convention in conventions() for name in convention.columns} | FREE
+    row = comparisons.rows.row(comparisons.number(place))
+    return {name: value for name, value in row.items() if name not in known and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def write_comparisons(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

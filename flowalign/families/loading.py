@@ -252,7 +252,7 @@ def add_lora(denoiser: Any, run: LoraRun, component: str) -> None:
         ) from error
 
 
-def open_checkpoint(
+def open_family(
     checkpoint: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -260,7 +260,7 @@ def open_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Any:
-    """A diffusers pipeline ready to generate, from any checkpoint or from a run folder of ours (its LoRA applied).
+    """The family of any checkpoint or of a run folder of ours (its LoRA applied), its denoiser on `device`.
 
     Raises CheckpointError.
     """
@@ -271,7 +271,19 @@ def open_checkpoint(
     name = detect_family(base, revision=revision, variant=variant)
     family = plugins.load("families", name).load(base, dtype=dtype, revision=revision, variant=variant)
     family.denoiser.to(device)
-    pipeline = family.pipeline(family.denoiser)
     if run is not None:
         add_lora(family.denoiser, run, family.component)
-    return pipeline
+    return family
+
+
+def open_checkpoint(
+    checkpoint: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """A diffusers pipeline ready to generate, from whatever `open_family` opens. Raises CheckpointError."""
+    family = open_family(checkpoint, dtype=dtype, device=device, revision=revision, variant=variant)
+    return family.pipeline(family.denoiser)

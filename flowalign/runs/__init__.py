@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowalign.runs.calibration import calibrate as calibrate
     from flowalign.runs.comparisons import audit as audit
     from flowalign.runs.flow_fit import fit_field as fit_field
     from flowalign.runs.flows import apply_flow as apply_flow
@@ -19,12 +20,11 @@ if TYPE_CHECKING:
     from flowalign.runs.folders import cache_list as cache_list
     from flowalign.runs.folders import export_kohya as export_kohya
     from flowalign.runs.folders import report as report
+    from flowalign.runs.implicit import margins as margins
     from flowalign.runs.pictures import evaluate as evaluate
     from flowalign.runs.pictures import generate as generate
     from flowalign.runs.rewards import list_rewards as list_rewards
     from flowalign.runs.scoring import score as score
-    from flowalign.runs.selection import calibrate as calibrate
-    from flowalign.runs.selection import margins as margins
     from flowalign.runs.selection import select as select
     from flowalign.runs.serving import serve as serve
     from flowalign.runs.training import align as align
@@ -38,7 +38,9 @@ _VERBS = {
     "pictures": ("generate", "evaluate"),
     "rewards": ("list_rewards",),
     "scoring": ("score",),
-    "selection": ("calibrate", "select", "margins"),
+    "calibration": ("calibrate",),
+    "selection": ("select",),
+    "implicit": ("margins",),
     "comparisons": ("audit",),
     "serving": ("serve",),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),

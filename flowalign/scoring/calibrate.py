@@ -6,17 +6,19 @@ the probability that a is preferred: 1 or 0 for a vote, ½ for a tie, a share of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import isotonic_regression, minimize
+from scipy.optimize import isotonic_regression
 from scipy.special import expit, xlogy
 
 Array = NDArray[np.float64]
 LINKS = ("temperature", "platt", "isotonic")
 BINS = 10
+BLOCK = 1 << 22
+"""Differences that are held at once."""
 STEEPEST = 1e6
 """Largest slope per unit of the differences' spread: where the labels separate perfectly there is no largest likelihood."""
 
@@ -52,8 +54,10 @@ def fit_link(kind: str, difference: ArrayLike, label: ArrayLike) -> Link:
     """The most likely link of that kind; differences and labels `[n]`.
 
     temperature: σ(d/τ), Bradley-Terry with a scale (Guo et al. 2017, 1706.04599, for two classes). platt: σ(a·d + b) (Platt
-    1999). isotonic: the rising step function of least squares (Zadrozny and Elkan 2002) on the pairs and the same pairs
-    exchanged, so that P(a ≻ b) + P(b ≻ a) = 1. Raises ValueError for an unknown kind.
+    1999, with plain labels in place of his smoothed ones). isotonic: the rising step function of least squares (Zadrozny and
+    Elkan 2002) on the pairs and the same pairs exchanged, so that P(a ≻ b) + P(b ≻ a) = 1; n pairs that agree do not make a
+    probability of 1, so it is kept within 1/(n+2) and 1 − 1/(n+2), Laplace's rule of succession. Raises ValueError for an
+    unknown kind.
     """
     d, p = np.asarray(difference, dtype=np.float64), np.asarray(label, dtype=np.float64)
     if kind == "isotonic":
@@ -66,17 +70,17 @@ def fit_link(kind: str, difference: ArrayLike, label: ArrayLike) -> Link:
     return Link(kind, slope=float(weights[0]) / scale, offset=float(weights[1]) if kind == "platt" else 0.0)
 
 
-def logistic(features: Array, label: Array, penalty: float = 0.0) -> Array:
+def logistic(features: Array, label: Array, penalty: float = 0.0, start: Array | None = None) -> Array:
     """Weights `[K]` of least mean cross-entropy of σ(x·w) + ½·penalty·‖w‖²; features x `[n, K]`, labels `[n]` in [0, 1].
 
-    By Newton's method with halved steps: the loss is convex. Weights are kept within `STEEPEST`.
+    By Newton's method with halved steps, from `start` or 0: the loss is convex. Weights are kept within `STEEPEST`.
     """
 
     def loss(w: Array) -> float:
         z = features @ w
         return float(np.mean(np.logaddexp(0, z) - label * z) + 0.5 * penalty * w @ w)
 
-    w = np.zeros(features.shape[1])
+    w = np.zeros(features.shape[1]) if start is None else start
     for _ in range(200):
         q = expit(features @ w)
         gradient = features.T @ (q - label) / len(label) + penalty * w
@@ -92,54 +96,16 @@ def logistic(features: Array, label: Array, penalty: float = 0.0) -> Array:
 
 def _isotonic(d: Array, p: Array) -> tuple[tuple[float, float], ...]:
     both, labels = np.concatenate([d, -d]), np.concatenate([p, 1 - p])
-    at, place = np.unique(both, return_inverse=True)
+    # 0.3 and 0.1 + 0.2 are one difference
+    scale = float(np.abs(d).max()) or 1.0
+    _, first, place = np.unique(np.round(both / scale, 9), return_index=True, return_inverse=True)
+    at = both[first]
     count = np.bincount(place).astype(np.float64)
     fitted = isotonic_regression(np.bincount(place, weights=labels) / count, weights=count).x
+    fitted = np.clip(fitted, 1 / (len(d) + 2), 1 - 1 / (len(d) + 2))
     ends = np.flatnonzero(np.diff(fitted, prepend=np.nan) != 0), np.flatnonzero(np.diff(fitted, append=np.nan) != 0)
     kept = np.unique(np.concatenate(ends))
     return tuple((float(at[each]), float(fitted[each])) for each in kept)
-
-
-# ------------------------------------------------------------------------------------------------ ties
-@dataclass(frozen=True)
-class Ties:
-    """A law of wins, ties and losses; `width` is Rao and Kupper's log θ >= 0 or Davidson's ν >= 0."""
-
-    kind: str
-    """rao_kupper or davidson."""
-    slope: float
-    width: float
-
-    def __call__(self, difference: ArrayLike) -> Array:
-        """`[n]` -> `[n, 3]`: probabilities that a wins, that neither does, that b wins.
-
-        Rao and Kupper 1967: P(a) = e^a / (e^a + θ e^b). Davidson 1970: P(a) ∝ e^a, P(b) ∝ e^b, P(tie) ∝ ν √(e^a e^b).
-        """
-        z = self.slope * np.asarray(difference, dtype=np.float64)
-        if self.kind == "rao_kupper":
-            win, loss = expit(z - self.width), expit(-z - self.width)
-            return np.stack([win, 1 - win - loss, loss], axis=-1)
-        logits = np.stack([z / 2, np.full_like(z, np.log(max(self.width, 1e-300))), -z / 2], axis=-1)
-        weights = np.exp(logits - logits.max(-1, keepdims=True))
-        return weights / weights.sum(-1, keepdims=True)
-
-
-def fit_ties(kind: str, difference: ArrayLike, outcome: ArrayLike) -> Ties:
-    """The most likely law; outcomes `[n]`: 1 where a won, 0 where b did, ½ for a tie. Raises ValueError for an unknown kind."""
-    if kind not in ("rao_kupper", "davidson"):
-        raise ValueError(f"there is no law of ties {kind!r}; allowed: rao_kupper, davidson")
-    d, y = np.asarray(difference, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
-    place = np.where(y == 0.5, 1, np.where(y > 0.5, 0, 2))
-    scale = float(np.sqrt(np.mean(d**2))) or 1.0
-
-    def loss(x: Array) -> float:
-        law = Ties(kind, x[0] / scale, np.exp(x[1]))
-        return -float(np.mean(np.log(law(d)[np.arange(len(d)), place] + 1e-300)))
-
-    found = minimize(
-        loss, np.array([1.0, -1.0]), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
-    )
-    return Ties(kind, float(found.x[0] / scale), float(np.exp(found.x[1])))
 
 
 # ------------------------------------------------------------------------------------------------ win rates
@@ -151,12 +117,17 @@ def win_rate(scores: ArrayLike, link: Callable[[Array], Array], opponents: Array
     """
     own = np.asarray(scores, dtype=np.float64)
     others = own if opponents is None else np.asarray(opponents, dtype=np.float64)
-    wins = link(own[:, None] - others[None, :])
-    if opponents is None:
-        np.fill_diagonal(wins, np.nan)
-    known = ~np.isnan(wins)
-    count = known.sum(1)
-    return np.where(count > 0, np.where(known, wins, 0).sum(1) / np.maximum(count, 1), np.nan)
+    out = np.full(len(own), np.nan)
+    step = max(1, BLOCK // max(1, len(others)))
+    for start in range(0, len(own), step):
+        block = slice(start, start + step)
+        wins = link(own[block, None] - others[None, :])
+        if opponents is None:
+            wins[np.arange(len(wins)), np.arange(len(wins)) + start] = np.nan
+        known = ~np.isnan(wins)
+        count = known.sum(1)
+        out[block] = np.where(count > 0, np.where(known, wins, 0).sum(1) / np.maximum(count, 1), np.nan)
+    return out
 
 
 def ranks(difference: Array) -> Array:
@@ -164,68 +135,14 @@ def ranks(difference: Array) -> Array:
     return np.where(np.isnan(difference), np.nan, 0.5 * (1 + np.sign(difference)))
 
 
-# ------------------------------------------------------------------------------------------------ fusion
-@dataclass(frozen=True)
-class Fusion:
-    """P(a ≻ b) = σ(Σ_k w_k d_k / s_k) over several rewards."""
-
-    rewards: tuple[str, ...]
-    weights: tuple[float, ...]
-    scales: tuple[float, ...]
-    """s_k, root mean square of the differences of each reward."""
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    """95 % intervals of the weights, from resampled prompts."""
-    penalty: float
-
-    def utility(self, scores: Array) -> Array:
-        """Oriented scores `[n, K]` -> one number a picture `[n]`, whose differences are log odds."""
-        return scores @ (np.array(self.weights) / np.array(self.scales))
-
-    def __call__(self, difference: Array) -> Array:
-        """`[n, K]` -> probabilities `[n]`."""
-        return expit(self.utility(difference))
-
-
-PENALTIES = tuple(10.0**power for power in range(-6, 1))
-
-
-def fit_fusion(
-    rewards: Sequence[str],
-    difference: Array,
-    label: Array,
-    groups: Sequence[Hashable],
-    *,
-    folds: int = 5,
-    resamples: int = 200,
-    seed: int = 0,
-) -> tuple[Fusion, Array]:
-    """Weights of several rewards, and the probabilities `[n]` that models which did not see a pair's prompt give it.
-
-    differences `[n, K]`, labels `[n]`, groups `[n]`: prompts, which lie on one side of every split. The penalty is that of
-    `PENALTIES` with the best out-of-fold log-loss.
-    """
-    scales = np.sqrt(np.mean(difference**2, axis=0))
-    scales[scales == 0] = 1.0
-    x = difference / scales
-    fold, group = folds_of(groups, folds, seed)
-    best = (np.inf, PENALTIES[0], np.full(len(label), 0.5))
-    for penalty in PENALTIES:
-        out = np.empty(len(label))
-        for number in np.unique(fold):
-            held = fold == number
-            out[held] = expit(x[held] @ logistic(x[~held], label[~held], penalty)) if (~held).any() else 0.5
-        best = min(best, (log_loss(out, label), penalty, out), key=lambda each: each[0])
-    _, penalty, out = best
-    weights = logistic(x, label, penalty)
-    rng, count, drawn = np.random.default_rng(seed), int(group.max()) + 1, []
-    rows = [np.flatnonzero(group == each) for each in range(count)]
+# ------------------------------------------------------------------------------------------------ how good a probability is
+def resampled(group: NDArray[np.int64], resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of bootstrap samples: whole groups, numbered from 0, drawn with replacement."""
+    order = np.argsort(group, kind="stable")
+    rows = np.split(order, np.cumsum(np.bincount(group))[:-1])
+    rng = np.random.default_rng(seed)
     for _ in range(resamples):
-        taken = np.concatenate([rows[each] for each in rng.integers(0, count, count)])
-        drawn.append(logistic(x[taken], label[taken], penalty))
-    low, high = np.quantile(np.array(drawn), (0.025, 0.975), axis=0) if drawn else (weights, weights)
-    columns = [tuple(map(float, each)) for each in (weights, scales, low, high)]
-    return Fusion(tuple(rewards), *columns, penalty=penalty), out
+        yield np.concatenate([rows[each] for each in rng.integers(0, len(rows), len(rows))])
 
 
 def folds_of(groups: Sequence[Hashable], folds: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -236,22 +153,36 @@ def folds_of(groups: Sequence[Hashable], folds: int, seed: int) -> tuple[NDArray
     return (order % max(2, min(folds, len(names))))[group], group
 
 
-# ------------------------------------------------------------------------------------------------ how good a probability is
 def accuracy(probability: ArrayLike, label: ArrayLike) -> float:
     """Share of pairs whose likelier picture is the preferred one; half a point where either says ½."""
-    q, p = np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
-    return float(np.mean(0.5 * (1 + np.sign(q - 0.5) * np.sign(p - 0.5))))
+    return float(_right(*_floats(probability, label)).mean())
 
 
 def log_loss(probability: ArrayLike, label: ArrayLike) -> float:
     """Mean cross-entropy in nats: −p log q − (1−p) log(1−q), with q kept 1e-12 away from 0 and 1."""
-    q, p = np.clip(np.asarray(probability, dtype=np.float64), 1e-12, 1 - 1e-12), np.asarray(label, dtype=np.float64)
-    return float(-np.mean(xlogy(p, q) + xlogy(1 - p, 1 - q)))
+    return float(_surprise(*_floats(probability, label)).mean())
 
 
 def brier(probability: ArrayLike, label: ArrayLike) -> float:
     """Mean (q − p)² (Brier 1950)."""
-    return float(np.mean((np.asarray(probability, dtype=np.float64) - np.asarray(label, dtype=np.float64)) ** 2))
+    return float(_square(*_floats(probability, label)).mean())
+
+
+def _floats(probability: ArrayLike, label: ArrayLike) -> tuple[Array, Array]:
+    return np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
+
+
+def _right(q: Array, p: Array) -> Array:
+    return 0.5 * (1 + np.sign(q - 0.5) * np.sign(p - 0.5))
+
+
+def _surprise(q: Array, p: Array) -> Array:
+    q = np.clip(q, 1e-12, 1 - 1e-12)
+    return -xlogy(p, q) - xlogy(1 - p, 1 - q)
+
+
+def _square(q: Array, p: Array) -> Array:
+    return (q - p) ** 2
 
 
 @dataclass(frozen=True)
@@ -270,44 +201,59 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = BINS, sche
 
     Raises ValueError for another scheme.
     """
-    if scheme not in ("mass", "width"):
-        raise ValueError(f"bins are of equal mass or width, not {scheme!r}")
-    q, p = np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
+    q, p = _floats(probability, label)
+    place = _places(q, bins, scheme)
+    count = np.bincount(place, minlength=bins)
+    sums = [np.bincount(place, weights=values, minlength=bins) for values in (q, p)]
+    return [
+        Bin(float(predicted / number), float(observed / number), int(number))
+        for predicted, observed, number in zip(*sums, count, strict=True)
+        if number
+    ]
+
+
+def _places(q: Array, bins: int, scheme: str) -> NDArray[np.int64]:
     if scheme == "width":
-        place = np.minimum((q * bins).astype(np.int64), bins - 1)
-    else:
-        # equal probabilities belong together, whatever their number
-        place = np.searchsorted(np.quantile(q, np.linspace(0, 1, bins + 1)[1:-1]), q, side="right")
-    found = (place == number for number in range(bins))
-    return [Bin(float(q[each].mean()), float(p[each].mean()), int(each.sum())) for each in found if each.any()]
+        return np.minimum((q * bins).astype(np.int64), bins - 1)
+    if scheme != "mass":
+        raise ValueError(f"bins are of equal mass or width, not {scheme!r}")
+    # equal probabilities belong together, whatever their number
+    return np.searchsorted(np.quantile(q, np.linspace(0, 1, bins + 1)[1:-1]), q, side="right")
 
 
 def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = BINS, scheme: str = "mass") -> float:
-    """ECE: mean |predicted − observed| over the pairs' bins (Naeini et al. 2015)."""
-    dots = reliability(probability, label, bins, scheme)
-    total = sum(dot.count for dot in dots)
-    return sum(dot.count * abs(dot.predicted - dot.observed) for dot in dots) / total
+    """ECE: mean |predicted − observed| over the pairs' bins (Naeini et al. 2015).
 
-
-MEASURES: Mapping[str, Callable[[Array, Array], float]] = {
-    "accuracy": accuracy,
-    "log_loss": log_loss,
-    "brier": brier,
-    "ece": expected_calibration_error,
-}
+    It is never 0 on a sample: with n pairs, labels that are drawn from the probabilities themselves give about √(bins/n)/3.
+    """
+    q, p = _floats(probability, label)
+    return float(np.abs(np.bincount(_places(q, bins, scheme), weights=q - p)).sum() / len(q))
 
 
 def with_intervals(
-    probability: Array, label: Array, groups: Sequence[Hashable], *, resamples: int = 500, seed: int = 0
+    probability: Array, label: Array, groups: Sequence[Hashable], *, resamples: int = 400, seed: int = 0
 ) -> dict[str, tuple[float, float, float]]:
-    """Each of `MEASURES`: (value, low, high), a 95 % interval from resampled groups."""
+    """accuracy, log_loss, brier and ece: (value, low, high), a 95 % interval from resampled groups.
+
+    The percentiles are shifted by the bootstrap's own bias, mean of the resamples − value: the ECE of a resample is larger than
+    that of the sample, and an interval of plain percentiles can lie above what it is the interval of.
+    """
     _, group = folds_of(groups, 2, seed)
-    count = int(group.max()) + 1
-    rows = [np.flatnonzero(group == each) for each in range(count)]
-    rng = np.random.default_rng(seed)
-    taken = [np.concatenate([rows[each] for each in rng.integers(0, count, count)]) for _ in range(resamples)]
+    terms = {
+        "accuracy": _right(probability, label),
+        "log_loss": _surprise(probability, label),
+        "brier": _square(probability, label),
+    }
+    values = {name: float(each.mean()) for name, each in terms.items()} | {
+        "ece": expected_calibration_error(probability, label)
+    }
+    found: dict[str, list[float]] = {name: [] for name in values}
+    for rows in resampled(group, resamples, seed):
+        for name, each in terms.items():
+            found[name].append(float(each[rows].mean()))
+        found["ece"].append(expected_calibration_error(probability[rows], label[rows]))
     out = {}
-    for name, measure in MEASURES.items():
-        low, high = np.quantile([measure(probability[each], label[each]) for each in taken], (0.025, 0.975))
-        out[name] = (measure(probability, label), float(low), float(high))
+    for name, value in values.items():
+        low, high = np.quantile(found[name], (0.025, 0.975)) - (np.mean(found[name]) - value)
+        out[name] = (value, max(0.0, float(low)), float(high))
     return out

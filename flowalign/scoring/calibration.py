@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
-from flowalign.data.records import Comparison
-from flowalign.data.writer import address
-from flowalign.errors import DataError, reason
+from flowalign.errors import DataError, allowed, reason
 from flowalign.files import write_text
-from flowalign.scoring.calibrate import (
-    Fusion,
-    Link,
-    Ties,
-    fit_fusion,
-    fit_link,
-    fit_ties,
-    folds_of,
-    reliability,
-    win_rate,
-    with_intervals,
-)
+from flowalign.scoring.calibrate import LINKS, Link, fit_link, folds_of, reliability, win_rate, with_intervals
 from flowalign.scoring.combine import combined, disagreement
+from flowalign.scoring.fusion import Fusion, fit_fusion
+from flowalign.scoring.labelled import Labelled
 from flowalign.scoring.table import CALIBRATED, ScoreTable
+from flowalign.scoring.ties import LAWS, Ties, fit_ties
 
 VERSION = 1
+METHODS = ("winrate", *LINKS)
+TIES = ("half", *LAWS)
+FEWEST = 20
+"""Labelled pairs below which nothing is fitted."""
 Array = NDArray[np.float64]
+Measured = Mapping[str, Any]
+"""accuracy, log_loss, brier and ece, each [value, low, high], and `reliability`, dots of a diagram; empty without labels."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,17 @@ class Fitted:
     fingerprint: str
     """Of the reward that it was fitted for."""
     link: Link
-    before: Mapping[str, Any] = field(default_factory=dict)
-    """How good σ(d) is: accuracy, log_loss, brier, ece as [value, low, high], reliability; empty without labelled pairs."""
-    after: Mapping[str, Any] = field(default_factory=dict)
-    """The same of the link on prompts that it was not fitted on."""
+    ties: Ties | None = None
+    """Stands in for the link where a law of ties was fitted."""
+    before: Measured = field(default_factory=dict)
+    """How good σ(d) is, of raw scores as they are."""
+    after: Measured = field(default_factory=dict)
+    """How good links are on prompts that they were not fitted on."""
+
+    @property
+    def probability(self) -> Callable[[Array], Array]:
+        """From differences of oriented scores to the probability that the first is preferred."""
+        return self.link if self.ties is None else self.ties.preferred
 
 
 @dataclass(frozen=True)
@@ -53,50 +57,58 @@ class Calibration:
     """Links of all rewards, and what was fitted beside them."""
 
     rewards: Mapping[str, Fitted]
+    method: str = "winrate"
+    """One of `METHODS`. winrate: temperatures are the spread of scores within a prompt, and need no labels."""
     pairs: int = 0
-    """Labelled pairs that it was fitted on; 0: temperatures are the spread of scores within a prompt."""
+    """Labelled pairs that it was fitted on, or measured on where nothing was fitted."""
     fusion: Fusion | None = None
-    fused: Mapping[str, Any] = field(default_factory=dict)
-    """How good the fusion is, out of fold; as `Fitted.after`."""
-    ties: Mapping[str, Ties] = field(default_factory=dict)
-    """By reward; empty where no label is a tie."""
+    fused: Measured = field(default_factory=dict)
+    """How good the fusion is, out of fold."""
 
-    def apply(self, table: ScoreTable, *, base: ScoreTable | None = None, by: str = "mean") -> ScoreTable:
+    def apply(
+        self,
+        table: ScoreTable,
+        *,
+        base: ScoreTable | None = None,
+        by: str | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> ScoreTable:
         """The table with calibrated.R, combined and disagreement.
 
         Every picture is held against the others of its prompt, or, with `base`, against the base generator's pictures of that
-        prompt. by: see `combine.combined`. Raises DataError for a reward that is another one than was calibrated.
+        prompt. by, weights: see `combine.combined`; None is fused where there is a fusion, else mean. Raises DataError for a
+        reward that is another one than was calibrated, and for weights of others than the table's rewards.
         """
         for name in table.rewards:
             self._check(table, name)
+        for name in dict.fromkeys((*table.rewards, *(self.fusion.rewards if self.fusion else ()))):
+            for each in (table, base):
+                if each is not None and name not in each.cards:
+                    which = "base table" if each is base else "table"
+                    raise DataError(f"the {which} has no scores of {name!r}; score its pictures with the same rewards.")
             if base is not None:
                 self._check(base, name)
         groups = table.groups()
-        opponents = base.groups() if base is not None else {}
-        columns: dict[str, Any] = {}
-        for name in table.rewards:
-            link, scores = self.rewards[name].link, table.oriented(name)
-            rates = np.full(len(table), np.nan)
-            against = base.oriented(name) if base is not None else None
-            for prompt, rows in groups.items():
-                others = None if against is None else against[opponents.get(prompt, np.array([], dtype=np.int64))]
-                rates[rows] = win_rate(scores[rows], link, others)
-            columns[CALIBRATED + name] = rates
+        theirs = None if base is None else base.groups()
+
+        def rates(score: Callable[[ScoreTable], Array], probability: Callable[[Array], Array]) -> Array:
+            return within(score(table), probability, groups, None if base is None else score(base), theirs)
+
+        columns = {
+            CALIBRATED + name: rates(lambda each, name=name: each.oriented(name), self.rewards[name].probability)
+            for name in table.rewards
+        }
         calibrated = table.having(columns)
-        utility = None
-        if self.fusion is not None:
-            utility = self.fusion.utility(np.stack([table.oriented(name) for name in self.fusion.rewards], axis=1))
+        fused = None if self.fusion is None else rates(partial(_utility, self.fusion), expit)
+        way = by or ("mean" if self.fusion is None else "fused")
         values = calibrated.calibrated()
-        return calibrated.having(
-            {"combined": combined(by, values, list(groups.values()), utility), "disagreement": disagreement(values)}
-        )
+        one = combined(way, values, [*groups.values()], rewards=table.rewards, fused=fused, weights=weights)
+        return calibrated.having({"combined": one, "disagreement": disagreement(values)})
 
     def _check(self, table: ScoreTable, name: str) -> None:
         if name not in self.rewards:
             known = ", ".join(self.rewards)
             raise DataError(f"the reward {name!r} was not calibrated, only {known}; calibrate again with it.")
-        if name not in table.cards:
-            raise DataError(f"the base table has no scores of {name!r}; score the base's pictures with the same rewards.")
         if table.cards[name].fingerprint != self.rewards[name].fingerprint:
             raise DataError(
                 f"the reward {name!r} is not the one that was calibrated: its weights or preprocessing differ; calibrate again."
@@ -108,85 +120,56 @@ class Calibration:
         write_text(path, json.dumps(about, indent=1, allow_nan=False) + "\n")
 
 
+def within(
+    scores: Array,
+    probability: Callable[[Array], Array],
+    groups: Mapping[str, NDArray[np.int64]],
+    others: Array | None = None,
+    their_groups: Mapping[str, NDArray[np.int64]] | None = None,
+) -> Array:
+    """Win rates `[n]` of scores within each prompt, or over the `others` of the same prompt; groups: prompt -> its rows."""
+    out, none = np.full(len(scores), np.nan), np.array([], dtype=np.int64)
+    for prompt, rows in groups.items():
+        held = None if others is None else others[(their_groups or {}).get(prompt, none)]
+        out[rows] = win_rate(scores[rows], probability, held)
+    return out
+
+
+def _utility(fusion: Fusion, table: ScoreTable) -> Array:
+    return fusion.utility(np.stack([table.oriented(name) for name in fusion.rewards], axis=1))
+
+
 def read_calibration(path: Path) -> Calibration:
     """Read what `Calibration.write` wrote. Raises DataError for anything else."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        if about["flowalign"] != "calibration" or about["version"] != VERSION:
-            raise DataError(
-                f"{path} is of version {about['version']}; this flowalign reads version {VERSION}, calibrate again."
-            )
-        rewards = {}
-        for name, each in about["rewards"].items():
-            link = Link(**each["link"] | {"knots": tuple(map(tuple, each["link"]["knots"]))})
-            rewards[name] = Fitted(each["fingerprint"], link, each["before"], each["after"])
-        fusion = about["fusion"]
-        if fusion is not None:
-            fusion = Fusion(**{name: tuple(value) if isinstance(value, list) else value for name, value in fusion.items()})
-        ties = {name: Ties(**each) for name, each in about["ties"].items()}
-        return Calibration(rewards, about["pairs"], fusion, about["fused"], ties)
+        kind, version = about["flowalign"], about["version"]
+        if kind == "calibration" and version == VERSION:
+            return _parsed(about)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a calibration ({reason(error)}); give the JSON that flowalign calibrate wrote."
         ) from error
+    raise DataError(f"{path} is a {kind} of version {version}; this flowalign reads version {VERSION}, so calibrate again.")
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Pairs whose pictures are rows of a table."""
-
-    first: NDArray[np.int64]
-    """Rows of the chosen pictures `[n]`."""
-    second: NDArray[np.int64]
-    label: Array
-    """`[n]` the probability that the first is preferred."""
-    prompts: tuple[str, ...]
-    """`[n]`"""
-    given: int
-    """Pairs that there were; the others' pictures are not in the table."""
-
-
-def match(table: ScoreTable, comparisons: Sequence[Comparison]) -> Labelled:
-    """Find the pictures of pairs in a table: by path and prompt, else by content and prompt.
-
-    Each pair stands once as it is and, so that no link can learn a liking for the first place from files that always name the
-    chosen picture first, is taken the other way round for every second pair. Rows that cannot be read are left out.
-    """
-    prompts = [str(prompt) for prompt in table.texts("prompt")]
-    by_path = {(str(path), prompt): row for row, (path, prompt) in enumerate(zip(table.texts("path"), prompts, strict=True))}
-    by_content = {
-        (str(image), prompt): row for row, (image, prompt) in enumerate(zip(table.texts("image"), prompts, strict=True))
-    }
-    found: list[tuple[int, int, float, str]] = []
-    given = 0
-    for place in range(len(comparisons)):
-        try:
-            comparison = comparisons[place]
-            if len(comparison.images) != 2:
-                continue
-            given += 1
-            rows = []
-            for image in comparison.images:
-                row = by_path.get((address(image) or "", comparison.prompt))
-                if row is None:
-                    row = by_content.get((hashlib.sha256(image.read()).hexdigest(), comparison.prompt))
-                rows.append(row)
-        except DataError:
-            continue
-        if None not in rows:
-            swap = len(found) % 2 == 1
-            label = 1 - comparison.preference if swap else comparison.preference
-            a, b = rows[::-1] if swap else rows
-            found.append((a, b, label, comparison.prompt))  # type: ignore[arg-type]
-    first, second, label, prompt = zip(*found, strict=True) if found else ((), (), (), ())
-    return Labelled(np.array(first, np.int64), np.array(second, np.int64), np.array(label, float), tuple(prompt), given)
+def _parsed(about: Mapping[str, Any]) -> Calibration:
+    rewards = {}
+    for name, each in about["rewards"].items():
+        link = Link(**each["link"] | {"knots": tuple(map(tuple, each["link"]["knots"]))})
+        law = None if each["ties"] is None else Ties(**each["ties"])
+        rewards[name] = Fitted(each["fingerprint"], link, law, each["before"], each["after"])
+    fusion = about["fusion"]
+    if fusion is not None:
+        fusion = Fusion(**{name: tuple(value) if isinstance(value, list) else value for name, value in fusion.items()})
+    return Calibration(rewards, about["method"], about["pairs"], fusion, about["fused"])
 
 
 def calibrate(
     table: ScoreTable,
     labelled: Labelled | None = None,
     *,
-    method: str = "temperature",
+    method: str | None = None,
     fuse: bool = False,
     ties: str = "half",
     folds: int = 5,
@@ -194,56 +177,79 @@ def calibrate(
 ) -> Calibration:
     """Fit every reward of the table: on labelled pairs where there are some, else by the spread of scores within prompts.
 
-    method: one of `calibrate.LINKS`. ties: half (a tie is a label of ½), rao_kupper or davidson, whose law is fitted beside the
-    link where labels hold ties. Raises DataError where pairs are needed and fewer than 20 of them are in the table.
+    method: one of `METHODS`; None is temperature with labelled pairs and winrate without. fuse: fit a combination as well.
+    ties: half (a tie is a label of ½), rao_kupper or davidson, whose law takes the place of a temperature where labels hold
+    ties. Raises DataError for what does not fit together, where pairs are needed, and where fewer than `FEWEST` of them are in
+    the table.
     """
+    method = method or ("winrate" if labelled is None else "temperature")
+    for what, value, choices in (("method", method, METHODS), ("ties", ties, TIES)):
+        if value not in choices:
+            raise DataError(f"{what} is {value!r}; {allowed(value, choices)}.")
+    if ties != "half" and method != "temperature":
+        raise DataError(f"ties {ties!r} has a temperature of its own, so method {method!r} does not go with it; leave one out.")
+    spread = {name: Link("temperature", slope=1 / _spread(table, name)) for name in table.rewards}
     if labelled is None:
-        if method != "temperature" or fuse:
+        if method != "winrate" or fuse:
             what = "a fusion" if fuse else f"method {method!r}"
             raise DataError(f"{what} is fitted on labelled pairs and there are none; give --pairs FILE.")
-        links = {name: Link("temperature", slope=1 / _spread(table, name)) for name in table.rewards}
-        return Calibration({name: Fitted(table.cards[name].fingerprint, link) for name, link in links.items()})
+        return Calibration({name: Fitted(table.cards[name].fingerprint, link) for name, link in spread.items()})
+    difference, label, prompts = _differences(table, labelled)
+
+    def fit(name: str) -> Callable[[Array, Array], Fitted]:
+        about = table.cards[name].fingerprint
+        if method == "winrate":
+            return lambda d, p: Fitted(about, spread[name])
+        if ties != "half" and (label == 0.5).any():
+            return lambda d, p: Fitted(about, Link("temperature"), fit_ties(ties, d, p))
+        return lambda d, p: Fitted(about, fit_link(method, d, p))
+
+    rewards = {}
+    for place, name in enumerate(table.rewards):
+        d, fitted = difference[:, place], fit(name)(difference[:, place], label)
+        out = out_of_fold(lambda d, p, name=name: fit(name)(d, p).probability, d, label, prompts, folds, seed)
+        before = quality(expit(d), label, prompts, seed)
+        rewards[name] = Fitted(fitted.fingerprint, fitted.link, fitted.ties, before, quality(out, label, prompts, seed))
+    fusion, fused = None, {}
+    if fuse:
+        fusion, held = fit_fusion(table.rewards, difference, label, prompts, folds=folds, seed=seed)
+        fused = quality(held.probability, label, prompts, seed)
+    return Calibration(rewards, method, len(label), fusion, fused)
+
+
+def _differences(table: ScoreTable, labelled: Labelled) -> tuple[Array, Array, list[str]]:
+    """Differences `[n, K]`, labels `[n]` and prompts of the pairs of which every reward scored both pictures."""
     scores = np.stack([table.oriented(name) for name in table.rewards], axis=1)
     difference = scores[labelled.first] - scores[labelled.second]
     whole = ~np.isnan(difference).any(1)
-    difference, label = difference[whole], labelled.label[whole]
     prompts = [prompt for prompt, kept in zip(labelled.prompts, whole, strict=True) if kept]
-    if len(label) < 20 or len({*prompts}) < 2:
+    if whole.sum() < FEWEST or len({*prompts}) < 2:
         raise DataError(
-            f"of {labelled.given} labelled pairs only {len(label)} have both pictures scored here; score the pictures of "
-            "the pairs first, at least 20 of them and 2 prompts."
+            f"of {labelled.given} labelled pairs only {whole.sum()} ({len({*prompts})} prompts) have both pictures scored by "
+            f"every reward here; score the pairs' own pictures, at least {FEWEST} pairs of 2 prompts."
         )
-    rewards, laws = {}, {}
-    for place, name in enumerate(table.rewards):
-        d = difference[:, place]
-        out = out_of_fold(method, d, label, prompts, folds, seed)
-        rewards[name] = Fitted(
-            table.cards[name].fingerprint,
-            fit_link(method, d, label),
-            before=quality(Link("temperature")(d), label, prompts, seed),
-            after=quality(out, label, prompts, seed),
-        )
-        if ties != "half" and (label == 0.5).any():
-            laws[name] = fit_ties(ties, d, label)
-    fusion, fused = None, {}
-    if fuse:
-        fusion, out = fit_fusion(table.rewards, difference, label, prompts, folds=folds, seed=seed)
-        fused = quality(out, label, prompts, seed)
-    return Calibration(rewards, len(label), fusion, fused, laws)
+    return difference[whole], labelled.label[whole], prompts
 
 
-def out_of_fold(method: str, difference: Array, label: Array, groups: Sequence[str], folds: int, seed: int) -> Array:
+def out_of_fold(
+    fit: Callable[[Array, Array], Callable[[Array], Array]],
+    difference: Array,
+    label: Array,
+    groups: Sequence[str],
+    folds: int,
+    seed: int,
+) -> Array:
     """Probabilities `[n]` of links that did not see a pair's prompt."""
     fold, _ = folds_of(groups, folds, seed)
     out = np.empty(len(label))
     for number in np.unique(fold):
         held = fold == number
-        out[held] = fit_link(method, difference[~held], label[~held])(difference[held])
+        out[held] = fit(difference[~held], label[~held])(difference[held])
     return out
 
 
 def quality(probability: Array, label: Array, groups: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """accuracy, log_loss, brier and ece as [value, low, high], and the dots of a reliability diagram."""
+    """See `Measured`."""
     measures = {name: list(found) for name, found in with_intervals(probability, label, groups, seed=seed).items()}
     return measures | {"reliability": [asdict(dot) for dot in reliability(probability, label)]}
 

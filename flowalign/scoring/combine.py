@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from flowalign.errors import DataError, allowed
 
@@ -18,36 +17,38 @@ def combined(
     by: str,
     calibrated: Array,
     groups: Sequence[NDArray[np.int64]],
-    utility: Array | None = None,
-    weights: Sequence[float] | None = None,
+    *,
+    rewards: Sequence[str] = (),
+    fused: Array | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Array:
     """Calibrated scores `[n, K]` -> `[n]`, higher is better; NaN where a reward gave none.
 
-    mean: of the rewards. sum: with `weights`. min: the worst reward. majority: the share of the prompt's other pictures over
-    which most rewards put it, half for a draw of votes (BalancedDPO, 2503.12575). fused: mean probability against the prompt's
-    other pictures, by the `utility` `[n]` of a fusion, whose differences are log odds. Raises DataError for another way, or a
-    fused one without a fusion.
+    mean: of the rewards. sum: with `weights` of the `rewards`, 1 each if left out. min: the worst reward. majority: the share
+    of the prompt's other pictures (`groups` holds each prompt's rows) over which most rewards put it, half for a draw of votes
+    (BalancedDPO, 2503.12575). fused: the win rates `[n]` of a fusion of raw scores. Raises DataError for another way, fused
+    without a fusion, weights without sum or of a reward that is not there.
     """
     if by not in WAYS:
         raise DataError(f"scores are combined by {by!r}; {allowed(by, WAYS)}.")
+    if weights and by != "sum":
+        raise DataError(f"weights {', '.join(weights)} are for a weighted sum, and scores are combined by {by!r}; use sum.")
     if by == "mean":
         return calibrated.mean(1)
     if by == "sum":
-        return calibrated @ np.ones(calibrated.shape[1]) if weights is None else calibrated @ np.asarray(weights, float)
+        return calibrated @ weighted(rewards, weights) if weights else calibrated.sum(1)
     if by == "min":
         return calibrated.min(1)
-    if by == "fused" and utility is None:
-        raise DataError("scores are combined by 'fused' and nothing was fused; calibrate with --pairs FILE --fuse.")
+    if by == "fused":
+        if fused is None:
+            raise DataError("scores are combined by 'fused' and nothing was fused; calibrate with --pairs FILE --fuse.")
+        return fused
     out = np.full(len(calibrated), np.nan)
     for rows in groups:
-        if by == "fused":
-            known = rows[~np.isnan(utility[rows])] if utility is not None else rows
-            wins = expit(utility[known][:, None] - utility[known][None]) if utility is not None else np.zeros((0, 0))
-        else:
-            known = rows[~np.isnan(calibrated[rows]).any(1)]
-            wins = 0.5 * (1 + np.sign(votes(calibrated[known])))
+        known = rows[~np.isnan(calibrated[rows]).any(1)]
         if len(known) > 1:
-            out[known] = (wins.sum(1) - 0.5) / (len(known) - 1)
+            wins = 0.5 * (1 + np.sign(votes(calibrated[known])))
+            out[known] = (wins.sum(1) - 0.5) / (len(known) - 1)  # without the half against itself
     return out
 
 
@@ -57,13 +58,16 @@ def votes(scores: Array) -> Array:
 
 
 def disagreement(calibrated: Array) -> Array:
-    """`[n, K]` -> `[n]`: standard deviation of a picture's calibrated scores over the rewards; 0 where all say the same."""
+    """`[n, K]` -> `[n]`: standard deviation of a picture's calibrated scores over the rewards; 0 where all say the same.
+
+    Calibrated scores are win rates, so it lies in [0, ½]; it is ½ where half of the rewards say 0 and half say 1.
+    """
     return calibrated.std(1)
 
 
-def weighted(rewards: Sequence[str], weights: Mapping[str, float]) -> list[float]:
-    """Weights in the order of the rewards, 0 where none is given. Raises DataError for a reward that is not there."""
+def weighted(rewards: Sequence[str], weights: Mapping[str, float]) -> Array:
+    """Weights `[K]` in the order of the rewards, 0 where none is given. Raises DataError for a reward that is not there."""
     for name in weights:
         if name not in rewards:
             raise DataError(f"a weight is given for {name!r}; {allowed(name, rewards)}.")
-    return [float(weights.get(name, 0.0)) for name in rewards]
+    return np.array([float(weights.get(name, 0.0)) for name in rewards])

@@ -2,70 +2,139 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowalign.data.writer import can_be_named
 from flowalign.errors import DataError, allowed
 from flowalign.scoring.select import PICKERS, Pool
-from flowalign.scoring.table import ScoreTable
+from flowalign.scoring.table import CALIBRATED, ScoreTable
+
+AMONG = ("frs", "intersection", "majority")
+"""Pickers that hold rewards against each other, so that the one score decides nothing about who wins."""
+ONE_A_PROMPT = ("best_worst", "random")
+"""Pickers that give one pair a prompt unless told otherwise; the others give all that they find."""
+LEAST = 0.1
+"""Of picker margin, unless told otherwise."""
+TIES = ("drop", "keep")
+Array = NDArray[np.float64]
 
 
-def pools(table: ScoreTable) -> list[Pool]:
-    """The pictures of each prompt that every reward scored. Raises DataError for a table that was not calibrated."""
-    calibrated, combined, found = table.calibrated(), table.numbers("combined"), []
-    for prompt, rows in table.groups().items():
-        whole = rows[~(np.isnan(calibrated[rows]).any(1) | np.isnan(combined[rows]))]
-        if len(whole) > 1:
-            found.append(Pool(prompt, whole, calibrated[whole], combined[whole]))
-    return found
+@dataclass(frozen=True)
+class Picked:
+    """Two rows of a table."""
+
+    better: int
+    worse: int
+    gap: float
+    """Of the one score."""
+    tie: bool
 
 
 def select(
-    table: ScoreTable, by: str, settings: Mapping[str, Any] | None = None, *, most: int | None = None, ties: str = "drop"
+    table: ScoreTable,
+    by: str,
+    *,
+    score: str = "combined",
+    most: int | None = None,
+    least: float | None = None,
+    ties: str = "drop",
+    tie_width: float = 0.0,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Pairs of each prompt's pictures as rows of a comparison file, the better one first.
+    """Pairs of each prompt's pictures as rows of a comparison file, the better one first; arguments as in `pick`.
 
-    by: one of `select.PICKERS`; settings: its keywords. most: pairs a prompt. ties: pairs whose `combined` scores are equal are
-    dropped or, with "keep", have the preference ½. Rows have the calibrated scores, `combined` among them, and the gap of the
-    latter as their margin. Raises DataError for what is not known and for pictures that a file cannot name.
+    Rows have the calibrated scores, `combined` among them where that orders, and the gap of the one score as their margin.
+    Raises DataError for what is not known and for pictures that a file cannot name.
     """
-    if by not in PICKERS:
-        raise DataError(f"pairs are selected by {by!r}; {allowed(by, PICKERS)}.")
-    picker, settings = PICKERS[by], dict(settings or {})
-    known = [name for name, each in inspect.signature(picker).parameters.items() if each.kind is each.KEYWORD_ONLY]
-    for name in settings:
-        if name not in known:
-            raise DataError(f"selecting by {by} has no setting {name!r}; {allowed(name, known) if known else 'it has none'}.")
-    paths, generators, seeds = (table.data.column(name).to_pylist() for name in ("path", "generator", "seed"))
+    found = pick(table, by, score=score, most=most, least=least, ties=ties, tie_width=tie_width, seed=seed)
+    return rows_of(table, found, score)
+
+
+def pick(
+    table: ScoreTable,
+    by: str,
+    *,
+    score: str = "combined",
+    most: int | None = None,
+    least: float | None = None,
+    ties: str = "drop",
+    tie_width: float = 0.0,
+    seed: int = 0,
+) -> list[Picked]:
+    """Pairs of rows of one prompt.
+
+    by: one of `select.PICKERS`. score: what orders pictures: the table's combined column, "raw" (the plain sum of raw scores),
+    or a reward. most: pairs of a prompt, the most telling first; None is 1 for `ONE_A_PROMPT`. least: smallest gap; None is
+    `LEAST` for margin. ties: of pickers that go by the one score, pairs whose gap is at most `tie_width` are dropped or
+    kept as ties. seed: of random. Pictures that lack a score take no part. Raises DataError.
+    """
+    for what, value, choices in (("by", by, tuple(PICKERS)), ("ties", ties, TIES)):
+        if value not in choices:
+            raise DataError(f"{what} is {value!r}; {allowed(value, choices)}.")
+    rewards, one = _scores(table, by, score)
+    known = ~np.isnan(rewards).any(1) & ~np.isnan(one)
+    most = most or (1 if by in ONE_A_PROMPT else len(table) ** 2)
+    floor = least if least is not None else LEAST if by == "margin" else -np.inf
+    picked: list[Picked] = []
+    for prompt, every in table.groups().items():
+        rows, found = every[known[every]], 0
+        for a, b in PICKERS[by](Pool(prompt, rows, rewards[rows], one[rows], seed)) if len(rows) > 1 else ():
+            gap = float(one[rows[a]] - one[rows[b]])
+            tie = by not in AMONG and gap <= tie_width
+            if ties == "keep" if tie else gap >= floor:
+                picked.append(Picked(int(rows[a]), int(rows[b]), gap, tie))
+                found += 1
+            if found == most:
+                break
+    return picked
+
+
+def _is_calibrated(table: ScoreTable) -> bool:
+    return all(CALIBRATED + name in table.data.column_names for name in table.rewards)
+
+
+def _scores(table: ScoreTable, by: str, score: str) -> tuple[Array, Array]:
+    """(rewards `[n, K]`, the one score `[n]`)."""
+    raw = np.stack([table.oriented(name) for name in table.rewards], axis=1)
+    if score == "raw":
+        return raw, raw.sum(1)
+    if score in table.rewards:
+        place = table.rewards.index(score)
+        values = table.calibrated() if _is_calibrated(table) else raw
+        return values if by in AMONG else values[:, [place]], values[:, place]
+    if score != "combined":
+        raise DataError(f"score is {score!r}; {allowed(score, ('combined', 'raw', *table.rewards))}.")
+    return table.calibrated(), table.numbers("combined")
+
+
+def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dict[str, Any]]:
+    """Rows for `data.writer.write_comparisons`. Raises DataError for a picture that lies in an archive."""
+    column = CALIBRATED if score != "raw" and _is_calibrated(table) else None
+    scores = {name: table.numbers(column + name) if column else table.oriented(name) for name in table.rewards}
+    scores |= {"combined": table.numbers("combined")} if score == "combined" else {}
+    prompts, paths = table.texts("prompt"), table.texts("path")
+    made = {name: table.texts(name) for name in ("generator", "seed") if name in table.data.column_names}
     rows = []
-    for pool in pools(table):
-        for a, b in picker(pool, **settings)[:most]:
-            gap = float(pool.combined[a] - pool.combined[b])
-            if gap == 0 and ties == "drop":
-                continue
-            places = [int(pool.rows[a]), int(pool.rows[b])]
-            unnamed = [paths[place] for place in places if not can_be_named(paths[place])]
-            if unnamed:
+    for each in picked:
+        places = [each.better, each.worse]
+        for place in places:
+            if not can_be_named(str(paths[place])):
                 raise DataError(
-                    f"the picture {unnamed[0]} lies in an archive, where a comparison file cannot name it; score a folder of "
+                    f"the picture {paths[place]} lies in an archive, where a comparison file cannot name it; score a folder of "
                     "files or a Parquet file."
                 )
-            scores = {name: pool.calibrated[[a, b], column].tolist() for column, name in enumerate(table.rewards)}
-            row: dict[str, Any] = {
-                "prompt": pool.prompt,
-                "images": [paths[place] for place in places],
-                "num_chosen": 1,
-                "scores": scores | {"combined": pool.combined[[a, b]].tolist()},
-                "margin": gap,
-            }
-            if gap == 0:
-                row["preference"] = 0.5
-            for name, values in (("generator", generators), ("seed", seeds)):
-                if None not in (found := [values[place] for place in places]):
-                    row[name] = found
-            rows.append(row)
+        row: dict[str, Any] = {"prompt": prompts[each.better], "images": [paths[place] for place in places], "num_chosen": 1}
+        two = {name: values[places] for name, values in scores.items()}
+        row["scores"] = {name: values.tolist() for name, values in two.items() if np.isfinite(values).all()}
+        row["margin"] = each.gap
+        row |= {"preference": 0.5} if each.tie else {}
+        for name, column_ in made.items():
+            if None not in (found := [column_[place] for place in places]):
+                row[name] = found
+        rows.append(row)
     return rows

@@ -24,7 +24,8 @@ from flowalign.report import gallery
 from flowalign.report.diagrams import histogram, wilson
 from flowalign.report.gallery import orders, worth_showing
 from flowalign.report.scores import write_scores_page
-from flowalign.scoring.calibration import calibrate, match
+from flowalign.scoring.calibration import calibrate
+from flowalign.scoring.labelled import match
 from flowalign.scoring.rewards.base import Card
 from flowalign.scoring.table import ScoreTable
 from tests.browser import CHROMIUM, chromium
