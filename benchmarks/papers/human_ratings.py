@@ -24,6 +24,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression, RidgeCV
 
 from benchmarks.papers.style import write_between
+from flowalign.files import write_text
 from flowalign.scoring.calibrate import (
     Bin,
     Link,
@@ -227,7 +229,7 @@ def aadb(seed: int) -> tuple[dict[str, Any], dict[str, list[Bin]]]:
 
 
 # ------------------------------------------------------------------------------------------------ page
-def plot(path: Path, dots: Mapping[str, Mapping[str, list[Bin]]]) -> None:
+def plot(path: Path, dots: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +240,7 @@ def plot(path: Path, dots: Mapping[str, Mapping[str, list[Bin]]]) -> None:
         axis.plot([0, 1], [0, 1], color="0.75", linewidth=1)
         for method, bins in each.items():
             style = dict(marker="o", markersize=3.5, linewidth=1.2, label=method)
-            axis.plot([dot.predicted for dot in bins], [dot.observed for dot in bins], **style)
+            axis.plot([dot["predicted"] for dot in bins], [dot["observed"] for dot in bins], **style)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("predicted probability")
         axis.set_aspect("equal")
@@ -302,32 +304,38 @@ def tables(found: Mapping[str, Any]) -> tuple[str, str]:
     return "\n".join(fusion), "\n".join(rows)
 
 
+def measured(seed: int) -> dict[str, Any]:
+    """All figures of one seed, and the dots of its diagrams."""
+    out: dict[str, Any] = {}
+    makers: dict[str, Callable[[np.random.Generator], Pairs]] = {"AVA": ava, "PieAPP": pieapp, "BAPPS": bapps}
+    for name in ("AADB", *makers):
+        started = time.process_time()
+        found, dots = aadb(seed) if name == "AADB" else calibrators(makers[name](np.random.default_rng(seed)), seed)
+        out[name] = found | {"dots": {method: [asdict(dot) for dot in each] for method, each in dots.items()}}
+        print(f"seed {seed}: {name} in {time.process_time() - started:.0f} s of one core", flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--page", type=Path, help="write the tables between the marks of this page, and the plot beside it")
-    parser.add_argument("--json", type=Path, help="write all figures")
+    parser.add_argument("--json", type=Path, default=Path("runs/human_ratings.json"), help="figures; seeds in it are kept")
     options = parser.parse_args()
-    found: dict[str, Any] = {"seeds": options.seeds, "runs": {}}
-    diagrams: dict[str, Mapping[str, list[Bin]]] = {}
+    runs: dict[str, Any] = {}
+    if options.json.is_file():
+        runs = json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     for seed in options.seeds:
-        here: dict[str, Any] = {}
-        here["AADB"], shown = aadb(seed)
-        first = {"AADB": shown}
-        for name, make in (("AVA", ava), ("PieAPP", pieapp), ("BAPPS", bapps)):
-            here[name], first[name] = calibrators(make(np.random.default_rng(seed)), seed)
-            print(seed, name, json.dumps({m: here[name][m]["ece"] for m in ("raw", *METHODS)}), flush=True)
-        print(seed, "AADB", here["AADB"]["spearman"], here["AADB"]["without_ties"]["log_loss"], flush=True)
-        found["runs"][str(seed)] = here
-        diagrams = diagrams or first
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if str(seed) not in runs:
+            runs[str(seed)] = measured(seed)
+            write_text(options.json, json.dumps({"runs": runs}, indent=1) + "\n")
+    found = {"seeds": options.seeds, "runs": runs}
     fusion, calibration = tables(found)
     print(fusion, calibration, sep="\n\n")
     if options.page:
         write_between(options.page, "fusion", fusion.split("\n"))
         write_between(options.page, "calibrators", calibration.split("\n"))
-        plot(options.page.with_suffix(".png"), diagrams)
+        plot(options.page.with_suffix(".png"), {name: each["dots"] for name, each in runs[str(options.seeds[0])].items()})
 
 
 if __name__ == "__main__":
