@@ -247,7 +247,7 @@ def plot(path: Path, dots: Mapping[str, Mapping[str, list[dict[str, float]]]]) -
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("share of judges")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
