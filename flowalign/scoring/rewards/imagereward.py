@@ -6,6 +6,7 @@ checkpoint is mapped onto transformers' BLIP; sizes are read off its tensors, an
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,8 @@ from flowalign.scoring.rewards.blip import Blip
 from flowalign.scoring.rewards.contrastive import Origin, fingerprint
 from flowalign.scoring.rewards.framing import Framing
 
-HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"
+HUB = "THUDM/ImageReward"
+FILE = "ImageReward.pt"
 VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 HEAD_WIDTH = 64
@@ -101,7 +103,7 @@ def _blip(key: str, shelf: Shelf, parts: Mapping[str, dict[str, Tensor]], path: 
     vision, text, framing = _towers(parts[VISION], parts[TEXT], path)
     words = _tokenizer(tokenizer, parts[TEXT]["embeddings.word_embeddings.weight"].shape[0])
     whole = nn.ModuleDict({"vision": vision, "text": text})
-    head = [value.tolist() for _, value in sorted(parts[HEAD].items())]
+    head = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(parts[HEAD].items()))).hexdigest()
     vocabulary = sorted(words.get_vocab().items())
     mark = fingerprint(whole, "imagereward", framing, head, vocabulary, str(shelf.dtype))
     origin = Origin(path.name, "Apache-2.0", mark)
