@@ -14,7 +14,8 @@ from PIL import Image, ImageFilter
 
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Reward, Shelf
-from tests.scoring import tiny_towers
+from tests.scoring import tiny_models, tiny_towers
+from tests.scoring.photographs import blurred, noisy, photograph
 
 Pair = tuple[tuple[Image.Image, str], tuple[Image.Image, str]]
 """A picture with its prompt that is better, and one that is worse."""
@@ -95,12 +96,41 @@ def _gridded() -> list[Pair]:
     return [((fox, ""), (Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), ""))]
 
 
+def _spoilt() -> list[Pair]:
+    """A photograph, and the same with noise, out of focus."""
+    image = photograph("china.jpg").crop((200, 100, 456, 300))
+    return [((image, ""), (worse, "")) for worse in (noisy(image, 25), blurred(image, 2))]
+
+
+def _imagereward(folder: Path, shelf: Shelf) -> Reward:
+    checkpoint, tokenizer = tiny_models.imagereward_checkpoint(folder)
+    return loaded(shelf, "imagereward", weights=str(checkpoint), tokenizer=str(tokenizer))
+
+
+def _compared(folder: Path, shelf: Shelf, name: str, **settings: object) -> Reward:
+    _spoilt()[0][0][0].save(folder / "reference.png")
+    return loaded(shelf, name, reference=str(folder / "reference.png"), **settings)
+
+
+def _lpips(folder: Path, shelf: Shelf) -> Reward:
+    trunk, weights = tiny_models.alexnet(folder)
+    return _compared(folder, shelf, "lpips", trunk=str(trunk), weights=str(weights))
+
+
 ROWS: dict[str, Row] = {
     "aesthetic": Row(lambda folder, shelf: _embedded(folder, shelf, "style"), _fluent_first, pixels_tolerance=0.5),
+    "blip_itm": Row(
+        lambda folder, shelf: loaded(shelf, "blip_itm", model=str(tiny_models.blip_retrieval(folder))), pixels_tolerance=0.05
+    ),
+    "brisque": Row(_formula("brisque"), _spoilt, tolerance=1e-4, pixels_tolerance=1e-3),
     "clip": Row(lambda folder, shelf: _embedded(folder, shelf, "emoji_clip"), _right_captions, pixels_tolerance=0.02),
     "colourfulness": Row(_formula("colourfulness"), _greyed, pixels_tolerance=1e-3),
+    "gmsd": Row(lambda folder, shelf: _compared(folder, shelf, "gmsd"), _spoilt, pixels_tolerance=1e-5),
     "grid_peak": Row(_formula("grid_peak"), _gridded, pixels_tolerance=1e-5),
+    "imagereward": Row(_imagereward, pixels_tolerance=0.2),
     "jpeg_size": Row(_formula("jpeg_size"), _blurred),
+    "lpips": Row(_lpips, _spoilt, pixels_tolerance=1e-4),
+    "nsfw": Row(lambda folder, shelf: loaded(shelf, "nsfw", threads=1)),
     "sharpness": Row(_formula("sharpness"), _blurred, pixels_tolerance=1e-6),
     "hpsv2": Row(_hpsv2, pixels_tolerance=1e-4),
     "pickscore": Row(
@@ -110,4 +140,5 @@ ROWS: dict[str, Row] = {
     "siglip": Row(
         lambda folder, shelf: loaded(shelf, "siglip", model=str(tiny_towers.transformers_siglip(folder))), pixels_tolerance=0.05
     ),
+    "vqascore": Row(lambda folder, shelf: loaded(shelf, "vqascore", model=str(tiny_models.llava(folder)))),
 }

@@ -11,15 +11,15 @@ SPREAD = 1e-12
 """Keeps the roots' slopes finite on a grey picture."""
 
 
-def colourfulness(picture: Tensor) -> Tensor:
-    """M = σ_rgyb + 0.3 μ_rgyb with rg = R − G and yb = ½(R + G) − B of 0 to 255; `[3, H, W]` in [0, 1] -> a number.
+def colourfulness(pictures: Tensor) -> Tensor:
+    """M = σ_rgyb + 0.3 μ_rgyb with rg = R − G and yb = ½(R + G) − B of 0 to 255; `[N, 3, H, W]` in [0, 1] -> `[N]`.
 
     0 is grey, 15 slightly, 45 averagely, 82 highly, 109 extremely colourful by the authors' raters.
     """
-    red, green, blue = 255 * picture
+    red, green, blue = (255 * pictures).flatten(2).unbind(1)
     rg, yb = red - green, 0.5 * (red + green) - blue
-    spread = (rg.var(correction=0) + yb.var(correction=0) + SPREAD).sqrt()
-    return spread + 0.3 * (rg.mean().square() + yb.mean().square() + SPREAD).sqrt()
+    spread = (rg.var(1, correction=0) + yb.var(1, correction=0) + SPREAD).sqrt()
+    return spread + 0.3 * (rg.mean(1).square() + yb.mean(1).square() + SPREAD).sqrt()
 
 
 def load(shelf: Shelf) -> Reward:

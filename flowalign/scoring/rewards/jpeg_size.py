@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
-from flowalign.scoring.rewards.base import Card, Reward, Shelf
-from flowalign.scoring.rewards.pixels import Formula, Pixels
+from flowalign.errors import ConfigError
+from flowalign.scoring.rewards.base import Backbone, Card, Reward, Shelf
 
-QUALITY = 95
+HIGHEST = 95
+"""Above it libjpeg hardly compresses, as Pillow's manual says."""
 
 
-def jpeg_size(picture: Tensor) -> Tensor:
-    """Bits a pixel of the picture as a JPEG of quality 95 without subsampling; `[3, H, W]` in [0, 1] -> a number above 0.
+class Encoded(Backbone):
+    """Encodes pictures where they are decoded, in the workers; features are bits a pixel `[B]`."""
 
-    The reward of Black et al. 2023, 2305.13301 (incompressibility), a pixel instead of a file, so that sizes can be compared.
+    def __init__(self, quality: int, device: torch.device) -> None:
+        self.key, self.quality, self.device = _key(quality), quality, device
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=self.quality, subsampling=0)
+        return torch.tensor(8 * out.tell() / (image.width * image.height), dtype=torch.float32)
+
+    def see(self, inputs: Sequence[Tensor]) -> Tensor:
+        return torch.stack(tuple(inputs)).to(self.device)
+
+
+@dataclass(frozen=True)
+class JpegSize(Reward):
+    """Bits a pixel of the picture as a JPEG of fixed quality without subsampling.
+
+    The reward of Black et al. 2023, 2305.13301 (incompressibility), a pixel instead of a file, so that sizes can be compared:
+    from about 100,000 pixels on, below which the file's head of 0.6 kB shows.
     """
-    levels = (picture.detach() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-    out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(levels)).save(out, "JPEG", quality=QUALITY, subsampling=0)
-    return torch.tensor(8 * out.tell() / (levels.shape[0] * levels.shape[1]), dtype=torch.float32, device=picture.device)
+
+    card: Card
+    backbone: Encoded
+
+    def judge(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        return features
 
 
-def load(shelf: Shelf) -> Reward:
+def load(shelf: Shelf, *, quality: int = 95) -> JpegSize:
+    """quality: of the JPEG, 1 to 95. Raises ConfigError for another."""
+    if not 1 <= quality <= HIGHEST:
+        raise ConfigError(f"quality is {quality}; it must be between 1 and {HIGHEST}.")
+    codec = features.version("libjpeg_turbo") or features.version("jpg")  # another encoder writes another size
     card = Card(
         name="jpeg_size",
         title="detail: bits a pixel of its JPEG",
@@ -38,9 +63,13 @@ def load(shelf: Shelf) -> Reward:
         weights="none",
         reads_prompt=False,
         differentiable=False,
-        fingerprint="jpeg_size-1",
+        fingerprint=f"jpeg_size-2-{quality}-{codec}",
     )
-    return Formula(card, Pixels.of(shelf), jpeg_size)
+    return JpegSize(card, shelf.take(_key(quality), lambda: Encoded(quality, shelf.device)))
+
+
+def _key(quality: int) -> str:
+    return f"jpeg {quality}"
 
 
 REWARD = load

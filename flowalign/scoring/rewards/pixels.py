@@ -16,6 +16,8 @@ from flowalign.scoring.rewards.base import Backbone, Card, Reward, Shelf
 KEY = "pixels"
 LUMA = (0.299, 0.587, 0.114)
 """Of ITU-R BT.601, as JPEG and Pillow have it."""
+PIXELS_AT_ONCE = 2**22
+"""Pictures of one size are measured together up to this many pixels, which bounds memory; a larger one goes alone."""
 
 
 class Pixels(Backbone):
@@ -42,22 +44,32 @@ class Pixels(Backbone):
 
 @dataclass(frozen=True)
 class Formula(Reward):
-    """A reward that is a function of one picture `[3, H, W]` in [0, 1]."""
+    """A reward that is a function of pictures: of one size `[N, 3, H, W]` in [0, 1] -> `[N]`, each for itself."""
 
     card: Card
     backbone: Pixels
     function: Callable[[Tensor], Tensor]
 
     def judge(self, features: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
-        return torch.stack([self.function(picture) for picture in features])
+        places: dict[torch.Size, list[int]] = {}
+        for place, picture in enumerate(features):
+            places.setdefault(picture.shape, []).append(place)
+        found: dict[int, Tensor] = {}
+        for (_, height, width), alike in places.items():
+            step = max(1, PIXELS_AT_ONCE // (height * width))
+            for start in range(0, len(alike), step):
+                chunk = alike[start : start + step]
+                scores = self.function(torch.stack([features[place] for place in chunk]))
+                found |= dict(zip(chunk, scores.float().unbind(), strict=True))
+        return torch.stack([found[place] for place in range(len(features))])
 
 
-def grey(picture: Tensor) -> Tensor:
-    """`[3, H, W]` -> luma `[H, W]`."""
-    return torch.einsum("c,chw->hw", picture.new_tensor(LUMA), picture)
+def grey(pictures: Tensor) -> Tensor:
+    """`[N, 3, H, W]` -> luma `[N, H, W]`."""
+    return torch.einsum("c,nchw->nhw", pictures.new_tensor(LUMA), pictures)
 
 
-def filtered(plane: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
-    """A plane `[H, W]` under a 3 × 3 kernel, of the same size; edges are repeated outward."""
-    weight = plane.new_tensor(kernel)[None, None]
-    return F.conv2d(F.pad(plane[None, None], (1, 1, 1, 1), mode="replicate"), weight)[0, 0]
+def filtered(planes: Tensor, kernel: Sequence[Sequence[float]]) -> Tensor:
+    """Planes `[N, H, W]` under a 3 × 3 kernel, of the same size; edges are repeated outward."""
+    weight = planes.new_tensor(kernel)[None, None]
+    return F.conv2d(F.pad(planes[:, None], (1, 1, 1, 1), mode="replicate"), weight)[:, 0]

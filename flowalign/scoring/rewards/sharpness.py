@@ -12,9 +12,9 @@ SPREAD = 1e-12
 """Keeps the root's slope finite on a picture of one colour."""
 
 
-def sharpness(picture: Tensor) -> Tensor:
-    """Standard deviation of the Laplacian of luma, over all pixels; `[3, H, W]` in [0, 1] -> a number in [0, 4]."""
-    return (filtered(grey(picture), LAPLACIAN).var(correction=0) + SPREAD).sqrt()
+def sharpness(pictures: Tensor) -> Tensor:
+    """Standard deviation of the Laplacian of luma, over all pixels; `[N, 3, H, W]` in [0, 1] -> `[N]` in [0, 4]."""
+    return (filtered(grey(pictures), LAPLACIAN).var((1, 2), correction=0) + SPREAD).sqrt()
 
 
 def load(shelf: Shelf) -> Reward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,19 +10,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import laplace
+from torch import Tensor
 
+from flowalign.errors import ConfigError
 from flowalign.scoring.loading import load_rewards
+from flowalign.scoring.rewards import pixels
 from flowalign.scoring.rewards.base import Shelf
-from tests.scoring.reward_rows import drawing
+from tests.scoring.photographs import blurred, noisy, photograph
 
-NAMES = ("sharpness", "colourfulness", "jpeg_size", "grid_peak")
+NAMES = ("sharpness", "colourfulness", "grid_peak", "jpeg_size")
 SIZES = ((1, 1), (3, 2), (17, 40), (64, 64))
 
 
 @pytest.fixture(scope="module")
 def score():  # type: ignore[no-untyped-def]
     rewards = {reward.card.name: reward for reward in load_rewards(list(NAMES), Shelf(torch.device("cpu")))}
-    assert len({id(reward.backbone) for reward in rewards.values()}) == 1  # one decode for all
+    assert len({id(rewards[name].backbone) for name in NAMES[:3]}) == 1  # one decode for all
     return lambda name, *pictures: rewards[name].score(list(pictures), [""] * len(pictures)).tolist()
 
 
@@ -59,42 +61,59 @@ def test_jpeg_size_is_the_size_of_the_file(score) -> None:  # type: ignore[no-un
     assert score("jpeg_size", plain)[0] < score("jpeg_size", image)[0] / 4
 
 
-def gridded(image: Image.Image, period: int, strength: float) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64).copy()
-    pixels[:, ::period] -= strength
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+def test_pictures_encode_in_the_quality_that_is_asked_for() -> None:
+    image, out = noise((40, 24), 2), io.BytesIO()
+    image.save(out, "JPEG", quality=40, subsampling=0)
+    (reward,) = load_rewards([{"name": "jpeg_size", "quality": 40}], Shelf(torch.device("cpu")))
+    assert float(reward.score([image], [""])) == pytest.approx(8 * len(out.getvalue()) / (40 * 24))
+    for quality in (0, 96):
+        with pytest.raises(ConfigError, match=f"quality is {quality}; it must be between 1 and 95"):
+            load_rewards([{"name": "jpeg_size", "quality": quality}], Shelf(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("period", [2, 4, 8])
-@pytest.mark.parametrize("turned", [False, True])
-def test_grid_peak_rises_with_the_strength_of_a_grid(score, period: int, turned: bool) -> None:  # type: ignore[no-untyped-def]
-    photo = Image.fromarray((128 + 20 * np.random.default_rng(0).normal(size=(80, 96, 3))).clip(0, 255).astype(np.uint8))
-    pictures = [gridded(photo, period, strength) for strength in (0, 8, 16, 32, 64)]
-    if turned:
-        pictures = [each.transpose(Image.Transpose.ROTATE_90) for each in pictures]
-    found = score("grid_peak", *pictures)
-    assert all(more > less - 0.01 for less, more in pairwise(found))  # a weak grid drowns in the noise
-    assert found[-1] > found[-2] > found[0] + 0.1
+def test_blur_takes_sharpness_and_detail_and_noise_adds_them(score) -> None:  # type: ignore[no-untyped-def]
+    for name in ("china.jpg", "flower.jpg"):
+        image = photograph(name)
+        steps = [*(blurred(image, radius) for radius in (4, 2, 1)), image, *(noisy(image, deviation) for deviation in (10, 40))]
+        for reward in ("sharpness", "jpeg_size"):
+            found = score(reward, *steps)
+            assert found == sorted(found)
+            assert found[-1] > 3 * found[0]
 
 
-def test_grid_peak_of_drawings_and_of_noise_is_low(score) -> None:  # type: ignore[no-untyped-def]
-    drawings = [drawing(caption, style) for caption in ("fox", "bicycle") for style in ("noto", "fluent")]
-    plain = score("grid_peak", *drawings, *(noise((64, 64), seed) for seed in range(4)))
-    grid = score("grid_peak", *(gridded(each, 8, 24) for each in drawings))
-    assert max(plain) < min(grid)
+def test_less_colour_is_less_colourful(score) -> None:  # type: ignore[no-untyped-def]
+    image = photograph("flower.jpg")
+    plain = image.convert("L").convert("RGB")
+    found = score("colourfulness", plain, Image.blend(plain, image, 0.1), Image.blend(plain, image, 0.5), image)
+    assert found == sorted(found)
+    assert found[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_grid_peak_is_the_ratio_written_out(score) -> None:  # type: ignore[no-untyped-def]
-    image = noise((32, 16), 5)
-    found = []
-    for lines in (luma(image), luma(image).T):
-        magnitude = np.abs(np.fft.rfft(lines, norm="forward")).mean(0) + 1e-6
-        step, last = lines.shape[1] // 8, len(magnitude) - 1
-        for k in range(step, last + 1, step):
-            near = [magnitude[n] for n in (k - 3, k - 2, k + 2, k + 3) if 0 < n <= last]
-            found.append(np.log10(magnitude[k] / np.sort(near)[(len(near) - 1) // 2]))  # torch's median is the lower one
-    assert score("grid_peak", image)[0] == pytest.approx(max(0, *found), abs=1e-4)
+def test_a_picture_of_one_colour_has_gradients() -> None:
+    for reward in load_rewards(["sharpness", "colourfulness"], Shelf(torch.device("cpu"))):
+        x = torch.full((1, 3, 4, 4), 0.5).requires_grad_()
+        (gradient,) = torch.autograd.grad(reward.score_pixels(x, [""]).sum(), x)
+        assert bool(torch.isfinite(gradient).all())
 
 
-def test_pictures_too_small_for_a_grid_have_none(score) -> None:  # type: ignore[no-untyped-def]
-    assert score("grid_peak", noise((8, 8)), noise((1, 1))) == [0.0, 0.0]
+@pytest.mark.parametrize("name", ["sharpness", "colourfulness"])
+def test_pictures_of_all_sizes_go_in_one_batch(score, name: str) -> None:  # type: ignore[no-untyped-def]
+    images = [noise(size, seed) for seed, size in enumerate((*SIZES, (17, 40), (1, 1)))]
+    assert score(name, *images) == pytest.approx([score(name, image)[0] for image in images], rel=1e-6)
+
+
+def test_many_pictures_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "PIXELS_AT_ONCE", 100)
+    seen: list[int] = []
+
+    def mean(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x.mean((1, 2, 3))
+
+    images = [noise((6, 5), seed) for seed in range(7)]
+    images.insert(3, noise((20, 20)))
+    shelf = Shelf(torch.device("cpu"))
+    reward = pixels.Formula(load_rewards(["sharpness"], shelf)[0].card, pixels.Pixels.of(shelf), mean)
+    expected = [float(np.array(image).mean()) / 255 for image in images]
+    assert reward.score(images, [""] * 8).tolist() == pytest.approx(expected, rel=1e-5)
+    assert seen == [3, 3, 1, 1]
