@@ -69,7 +69,7 @@ class Domain:
         return torch.stack(rows).square().mean(1).sqrt() if rows else torch.zeros(0, dtype=torch.float64)
 
     def factor(self, distance: Tensor) -> Tensor:
-        """What strength is multiplied with `[B]`, in (0, 1]: 1 up to the limit, then exp(−½ ((d − limit) / spread)²)."""
+        """What strength is multiplied with `[B]`, in [0, 1]: 1 up to the limit, then exp(−½ ((d − limit) / spread)²)."""
         return torch.exp(-0.5 * ((distance - self.limit).clamp_min(0) / self.spread).square())
 
     def save(self, folder: Path) -> None:
