@@ -22,8 +22,10 @@ from flowalign.rng import Keyed
 FILE = "domain.safetensors"
 VERSION = 1
 """Of `features`: statistics of other features say nothing."""
-LAYOUT, TEXTURE = 4, 2
-"""Means are looked at in so many parts a side, spread and roughness in so many."""
+LAYOUT = 2
+"""Means are looked at in so many parts a side."""
+FLOOR = 0.01
+"""Added to variances before their log: flat is flat, however flat."""
 LONGEST = 512
 """Vectors that are longer are averaged over neighbours."""
 HELD = 4
@@ -33,17 +35,15 @@ HELD = 4
 def features(y: Tensor) -> Tensor:
     """Places `[B, D]` or `[B, C, h, w]` -> features `[B, F]`, float64 on the CPU.
 
-    Of pictures, for every channel: the mean in each of 4 x 4 parts, and in each of 2 x 2 the log of the standard deviation and
-    that of the mean step between neighbours. So other colours, flat areas and noise are all seen. Of vectors: themselves.
+    Of pictures, for every channel: the mean in each of 2 x 2 parts, the log of the standard deviation, and that of the mean
+    step between neighbours. So other colours, flat areas and noise are all seen. Of vectors: themselves.
     """
     y = y.detach().float().cpu().double()
     if y.dim() == 2:
         return y if y.shape[1] <= LONGEST else torch.nn.functional.adaptive_avg_pool1d(y[:, None], LONGEST)[:, 0]
-    pool = torch.nn.functional.adaptive_avg_pool2d
-    spread = pool(y.square(), TEXTURE) - pool(y, TEXTURE).square()
-    steps = pool(y.diff(dim=-1).square(), TEXTURE) + pool(y.diff(dim=-2).square(), TEXTURE)
-    logs = [(each.clamp_min(1e-8).log() / 2).flatten(1) for each in (spread, steps)]
-    return torch.cat([pool(y, LAYOUT).flatten(1), *logs], dim=1)
+    layout = torch.nn.functional.adaptive_avg_pool2d(y, LAYOUT).flatten(1)
+    steps = y.diff(dim=-1).square().mean((2, 3)) + y.diff(dim=-2).square().mean((2, 3))
+    return torch.cat([layout, *((each + FLOOR).log() / 2 for each in (y.var((2, 3), correction=0), steps))], dim=1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Domain:
         return torch.stack(rows).square().mean(1).sqrt() if rows else torch.zeros(0, dtype=torch.float64)
 
     def factor(self, distance: Tensor) -> Tensor:
-        """What strength is multiplied with `[B]`, in (0, 1]: 1 up to the limit, then exp(−½ ((d − limit) / spread)²)."""
+        """What strength is multiplied with `[B]`, in [0, 1]: 1 up to the limit, then exp(−½ ((d − limit) / spread)²)."""
         return torch.exp(-0.5 * ((distance - self.limit).clamp_min(0) / self.spread).square())
 
     def save(self, folder: Path) -> None:
@@ -95,8 +95,8 @@ def load_domain(folder: Path) -> Domain | None:
 def fit_domain(found: Tensor, quantile: float, seed: int) -> Domain:
     """Statistics of training inputs' features `[n, F]`, float64. Raises DataError for fewer than 8 of them.
 
-    The limit is the `quantile` of the distances of a quarter that is held out; strength falls over what lies between their
-    median and the limit.
+    The limit is the `quantile` of the distances of a quarter that is held out; strength falls over half of what lies between
+    their median and the limit.
     """
     if len(found) < 2 * HELD:
         raise DataError(
@@ -113,7 +113,7 @@ def fit_domain(found: Tensor, quantile: float, seed: int) -> Domain:
     domain = Domain(mean * own, whiten, 0.0, 1.0)
     distances = domain._distance(held)
     limit, middle = float(distances.quantile(quantile)), float(distances.median())
-    return Domain(domain.mean, whiten, limit, max(limit - middle, 0.05 * limit, 1e-6))
+    return Domain(domain.mean, whiten, limit, max((limit - middle) / 2, 0.05 * limit, 1e-6))
 
 
 def shrunk(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ def test_drawings_move_to_the_chosen_style_and_not_to_the_other(style: str, emoj
     space = LatentSpace(open_autoencoder(str(emoji / "tiny-sd")), "tiny-sd")
     rejected, chosen = latents(space, emoji / "preferences" / f"{style}-train.jsonl", 32)
     settings = FieldSettings((4, 8, 8), width=32, levels=2)
-    field = train(tmp_path, ArrayPairs(rejected, chosen), settings, sigma=0.1, steps=40, batch_size=8, learning_rate=3e-3)
+    field = train(tmp_path, ArrayPairs(rejected, chosen), settings, sigma=0.1, steps=30, batch_size=8, learning_rate=3e-3)
     before, wanted = latents(space, emoji / "preferences" / f"{style}-held_out.jsonl", 16)
     moved = solve(guided(field, None), before, Solve(steps=2)).end - before
     own = torch.nn.functional.cosine_similarity(moved.flatten(1), (wanted - before).flatten(1))

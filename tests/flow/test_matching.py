@@ -121,11 +121,12 @@ def test_a_constant_shift_is_learned_exactly(tmp_path: Path) -> None:
     """v = d everywhere: any solver with one step adds d."""
     start = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([1.5, -0.5])
-    field = train(tmp_path, ArrayPairs(start, start + shift), FieldSettings((2,), width=32, levels=2), sigma=0.1, steps=500)
+    settings = FieldSettings((2,), width=32, levels=2)
+    field = train(tmp_path, ArrayPairs(start, start + shift), settings, sigma=0.1, steps=400, batch_size=48)
     fresh = torch.randn(200, 2, generator=torch.Generator().manual_seed(9))
-    for settings in (Solve(solver="euler", steps=1), Solve(steps=4), Solve(strength=0.5)):
-        moved = solve(guided(field, None), fresh, settings).end - fresh
-        torch.testing.assert_close(moved, settings.strength * shift.expand_as(moved), atol=0.05, rtol=0)
+    for how in (Solve(solver="euler", steps=1), Solve(steps=4), Solve(strength=0.5)):
+        moved = solve(guided(field, None), fresh, how).end - fresh
+        torch.testing.assert_close(moved, how.strength * shift.expand_as(moved), atol=0.05, rtol=0)
 
 
 def test_the_map_between_gaussians_is_the_monotone_one(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_the_map_between_gaussians_is_the_monotone_one(tmp_path: Path) -> None:
     made = torch.Generator().manual_seed(0)
     start, end = torch.randn(2, 4096, 1, generator=made)
     pairs = ArrayPairs(start, 2 + end / 2)
-    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), coupling="ot", steps=500, batch_size=32)
+    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), coupling="ot", steps=450, batch_size=24)
     y = torch.linspace(-1.5, 1.5, 31)[:, None]
     found = solve(guided(field, None), y, Solve(solver="rk4", steps=16)).end
     torch.testing.assert_close(found, 2 + y / 2, atol=0.12, rtol=0)
@@ -196,7 +197,7 @@ def test_best_against_worst_of_two_reaches_the_known_optimum(tmp_path: Path) -> 
     1 − 1/π. Training pairs are (smaller, larger); what is moved to it are samples of the smaller."""
     drawn = torch.randn(8192, 2, generator=torch.Generator().manual_seed(0))
     pairs = ArrayPairs(drawn.min(1, keepdim=True).values, drawn.max(1, keepdim=True).values)
-    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), steps=800, batch_size=128)
+    field = train(tmp_path, pairs, FieldSettings((1,), width=64, levels=3), steps=600, batch_size=96)
     fresh = torch.randn(8192, 2, generator=torch.Generator().manual_seed(1)).min(1, keepdim=True).values
     moved = solve(guided(field, None), fresh, Solve(solver="rk4", steps=16)).end[:, 0]
     assert float(moved.mean()) == pytest.approx(1 / math.sqrt(math.pi), abs=0.06)
