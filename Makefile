@@ -17,8 +17,9 @@ help:
 demo: $(VENV)/.installed
 	@$(BIN)/flowalign demo
 
+# A file of tests goes to one process, so that what its tests share is made once; more threads than cores slow all of them.
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m slow
