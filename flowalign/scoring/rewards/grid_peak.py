@@ -1,8 +1,8 @@
 """Grid peaks: whether the picture repeats with the decoder's stride, which checkerboards and seams of blocks do.
 
 A pattern that repeats every s pixels has its energy at the frequencies (i/s, j/s) alone. Each of these is compared with the
-spectrum around it, so that neither texture nor edges count: what is left are peaks. The score is log10 of the mean ratio; 0
-is a spectrum without peaks, 1 ten times as much energy in the grid as beside it.
+spectrum around it, so that neither texture nor edges count: what is left are peaks. The score is log10 of the mean ratio, at
+least 1 at each: 0 is a spectrum without peaks, noise about 0.1, and 1 ten times as much energy in the grid as beside it.
 
 Sources: Odena et al., 2016, "Deconvolution and checkerboard artifacts", Distill; Zhang et al., 2019, arXiv:1907.06515 (peaks of
 upsampling in the spectra of generated pictures); Moisan, 2011, J. Math. Imaging Vis. 39 (periodic plus smooth decomposition).
@@ -42,7 +42,7 @@ def grid_peak(pictures: Tensor, stride: int) -> Tensor:
     grid = power[:, ::rows, ::columns]
     around = _around(power, stride)
     ratios = ((grid + floor) / (around + floor)).flatten(1)[:, 1:]  # the first is the mean brightness
-    return ratios.mean(1).log10()
+    return ratios.clamp_min(1).mean(1).log10()  # a hole in the spectrum does not make up for a peak
 
 
 def _around(power: Tensor, stride: int) -> Tensor:
@@ -103,7 +103,7 @@ def load(shelf: Shelf, *, stride: int = 8) -> Reward:
         Card(
             name="grid_peak",
             title="Grid peaks: artefacts that repeat with the decoder's stride",
-            range=(-math.inf, math.inf),
+            range=(0.0, math.inf),
             better="lower",
             licence="formula",
             source="Zhang et al., 2019, arXiv:1907.06515",
