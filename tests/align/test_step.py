@@ -302,7 +302,8 @@ def test_ties_take_no_part_in_the_held_out_accuracy(prepared: Make, votes: Path,
         found[name] = validation(ready.step, ready.held_out, ready.config, ready.accelerator)
     assert 0 < found["decided"]["rewards/accuracies"] < 1
     assert found["with ties"]["rewards/accuracies"] == pytest.approx(found["decided"]["rewards/accuracies"], abs=1e-6)
-    assert found["with ties"]["loss"] != pytest.approx(found["decided"]["loss"], rel=1e-2)
+    # Ties do count in the loss. How much they move it depends on the noise, which the pictures' paths name.
+    assert found["with ties"]["loss"] != pytest.approx(found["decided"]["loss"], rel=1e-4)
     assert "rewards/accuracies" not in found["only ties"]
 
 
