@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from flowalign.errors import ConfigError, allowed
@@ -85,45 +84,5 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def assignment(cost: Tensor) -> Tensor:
-    """Permutation p `[n]` int64 on the CPU with the least Σ_i cost[i, p_i], for a square `[n, n]`. Exact.
-
-    Shortest augmenting paths (Kuhn 1955; Jonker and Volgenant 1987; Crouse 2016), O(n³): the rows enter one after the other,
-    and each re-assigns those before it along the path that adds the least.
-    """
-    costs: NDArray[np.float64] = cost.detach().cpu().double().numpy()
-    n = len(costs)
-    u = costs.min(axis=1)
-    v = (costs - u[:, None]).min(axis=0)
-    column_of, row_of = np.full(n, -1), np.full(n, -1)
-    for row, column in zip(*np.nonzero(costs - u[:, None] - v == 0), strict=True):  # what needs no path
-        if column_of[row] < 0 and row_of[column] < 0:
-            column_of[row], row_of[column] = column, row
-    for first in np.flatnonzero(column_of < 0):
-        # The way to each column: `reach` while it may still shorten, then `length`; closed columns are never shortened.
-        reach, bound = np.full(n, np.inf), np.full(n, np.inf)
-        before, length = np.full(n, -1), np.zeros(n)
-        rows, columns = [int(first)], list[int]()
-        row, lowest = int(first), 0.0
-        while True:
-            found = costs[row] - v + (lowest - u[row])
-            shorter = np.flatnonzero(found < bound)
-            reach[shorter] = bound[shorter] = found[shorter]
-            before[shorter] = row
-            column = int(reach.argmin())
-            lowest = length[column] = float(reach[column])
-            reach[column], bound[column] = np.inf, -np.inf
-            columns.append(column)
-            row = int(row_of[column])
-            if row < 0:
-                break
-            rows.append(row)
-        u[first] += lowest
-        u[rows[1:]] += lowest - length[column_of[rows[1:]]]
-        v[columns] -= lowest - length[columns]
-        while True:
-            row = int(before[column])
-            row_of[column] = row
-            column_of[row], column = column, int(column_of[row])
-            if row == first:
-                break
-    return torch.from_numpy(column_of.astype(np.int64))
+    """Permutation p `[n]` int64 on the CPU with the least Σ_i cost[i, p_i], for a square `[n, n]`. Exact (Crouse 2016)."""
+    return torch.from_numpy(linear_sum_assignment(cost.detach().cpu().double().numpy())[1])
