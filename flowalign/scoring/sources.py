@@ -7,6 +7,7 @@ Nothing is read before it is asked for. A picture's `path` in a score table is w
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
@@ -62,8 +63,9 @@ class FolderItems(Items):
 
     def __init__(self, folder: Path, prompt: str | None) -> None:
         self.folder, self._prompt = folder, prompt
-        found = (path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in PICTURES)
-        self._files = sorted(path.relative_to(folder).as_posix() for path in found)  # as text, a fifth of a path's size
+        found = (Path(place, name) for place, *names in os.walk(folder) for name in (*names[0], *names[1]))
+        pictures = (path for path in found if path.suffix.lower().lstrip(".") in PICTURES)
+        self._files = sorted(path.relative_to(folder).as_posix() for path in pictures)  # as text, a fifth of a path's size
         if not self._files:
             raise DataError(f"{folder} holds no picture ({', '.join(sorted(PICTURES))}); check the path.")
 
