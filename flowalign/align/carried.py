@@ -11,6 +11,12 @@ from torch import Tensor
 from flowalign.align.terms import Carry, Objective, Terms
 
 
+def loss_at_start(objective: Objective, knobs: Mapping[str, Any], terms: Terms) -> Tensor:
+    """The objective `[B]` as it is before the first step."""
+    carried = Carried.of(objective, knobs, torch.device("cpu"))
+    return objective(terms, *(() if carried is None else (carried.scalars,)), **knobs)
+
+
 class Carried:
     """What is observed of every comparison is averaged over an optimizer step, accumulation and processes included.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.align.carried import Carried
+from flowalign.align.carried import Carried, loss_at_start
 from flowalign.align.reference import MOVING
 from flowalign.align.switches import reads
 from flowalign.align.terms import Objective, Terms
@@ -56,9 +56,7 @@ class Facts:
 
     def loss(self, terms: Terms) -> Tensor:
         """The objective as it is before the first step."""
-        carried = Carried.of(self.objective, self.knobs, torch.device("cpu"))
-        scalars = () if carried is None else (carried.scalars,)
-        return self.objective(terms, *scalars, **self.knobs)
+        return loss_at_start(self.objective, self.knobs, terms)
 
 
 def check(config: Config, family: Family, objective: Objective, knobs: dict[str, Any], *comparisons: Cached) -> None:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from flowalign.errors import CheckpointError, ConfigError
+
+Tree = TypeVar("Tree")
 PRECISIONS = ("fp32", "bf16", "fp16")
 Command = Callable[[str, Callable[[argparse.Namespace], dict[str, Any]], str], argparse.ArgumentParser]
 """Adds a command: its name, what it calls, what it says of itself."""
 
 
+def run_settings(options: argparse.Namespace, load: Callable[[Path, Sequence[str]], Tree]) -> Tree:
+    """What CONFIG, --set, --output and --resume ask for; CONFIG may be the folder of a run that goes on.
+
+    load: reads a settings tree from a YAML file and overrides. Raises UserError.
+    """
+    path: Path = options.config
+    output = options.output
+    if path.is_dir():
+        if not options.resume:
+            raise ConfigError(f"{path} is a folder; add --resume to continue the run in it, or give a YAML configuration.")
+        if output is not None:
+            raise ConfigError(f"--output {output} cannot be given to continue {path}: a run continues in its own folder.")
+        output, path = path, path / "config.yaml"
+        if not path.is_file():
+            raise CheckpointError(f"{output} is not a run folder: it holds no config.yaml; give the folder of an earlier run.")
+    settings: Any = load(path, options.overrides)
+    return settings if output is None else settings.model_copy(update={"output": str(output)})
+
+
 def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The texts that --prompts names, the first --limit of them."""
     from flowalign.data import prompts
 
     return prompts.read(options.prompts, options.limit)
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling` added, but for prompts and place, as keywords of a verb."""
     names = ("steps", "guidance", "batch_size", "sampler", "precision", "device")
     return {"seeds": list(options.seeds), **{name: getattr(options, name) for name in names}}
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """--set a.b=c."""
     parser.add_argument(
         "--set",
         action="extend",
@@ -36,6 +61,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, out: Path) -> None:
+    """How pictures are drawn: prompts, seeds, steps and so on; out: the default folder."""
     parser.add_argument(
         "--prompts",
         nargs="+",
@@ -57,6 +83,7 @@ def add_sampling(parser: argparse.ArgumentParser, out: Path) -> None:
 
 
 def natural(text: str) -> int:
+    """A whole number of 0 or more."""
     value = int(text) if text.strip().isdecimal() else -1
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
@@ -64,12 +91,14 @@ def natural(text: str) -> int:
 
 
 def positive(text: str) -> int:
+    """A whole number of 1 or more."""
     if (value := natural(text)) == 0:
         raise argparse.ArgumentTypeError("0 is too few: give 1 or more")
     return value
 
 
 def price(text: str) -> tuple[str, float]:
+    """GPU=USD, the price of an hour."""
     name, equals, price = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not GPU=USD, such as H100=2.5")
@@ -77,6 +106,7 @@ def price(text: str) -> tuple[str, float]:
 
 
 def scale(text: str) -> float:
+    """A finite number of 0 or more."""
     try:
         value = float(text)
     except ValueError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowalign.cli.arguments import Command, add_overrides, positive, scale
-from flowalign.errors import CheckpointError, ConfigError
+from flowalign.cli.arguments import Command, add_overrides, positive, run_settings, scale
+from flowalign.errors import ConfigError
 
 SOLVERS = ("euler", "midpoint", "heun2", "rk4", "dopri5")
 
@@ -68,19 +69,7 @@ def _fit(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import config, runs
     from flowalign.flow.settings import FlowConfig
 
-    path: Path = options.config
-    output = options.output
-    if path.is_dir():
-        if not options.resume:
-            raise ConfigError(f"{path} is a folder; add --resume to continue the run in it, or give a YAML configuration.")
-        if output is not None:
-            raise ConfigError(f"--output {output} cannot be given to continue {path}: a run continues in its own folder.")
-        output, path = path, path / "config.yaml"
-        if not path.is_file():
-            raise CheckpointError(f"{output} is not a run folder: it holds no config.yaml; give the folder of an earlier run.")
-    settings = config.load_tree(FlowConfig, path, options.overrides)
-    if output is not None:
-        settings = settings.model_copy(update={"output": str(output)})
+    settings = run_settings(options, partial(config.load_tree, FlowConfig))
     return runs.fit_flow(settings, resume=options.resume)
 
 

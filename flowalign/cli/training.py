@@ -11,9 +11,9 @@ from flowalign.cli.arguments import (
     add_overrides,
     positive,
     price,
+    run_settings,
     scale,
 )
-from flowalign.errors import CheckpointError, ConfigError
 from flowalign.plan.gpus import EFFICIENCY, GPUS
 
 
@@ -56,19 +56,7 @@ def add(command: Command) -> None:
 def _align(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import config, runs
 
-    path: Path = options.config
-    output = options.output
-    if path.is_dir():
-        if not options.resume:
-            raise ConfigError(f"{path} is a folder; add --resume to continue the run in it, or give a YAML configuration.")
-        if output is not None:
-            raise ConfigError(f"--output {output} cannot be given to continue {path}: a run continues in its own folder.")
-        output, path = path, path / "config.yaml"
-        if not path.is_file():
-            raise CheckpointError(f"{output} is not a run folder: it holds no config.yaml; give the folder of an earlier run.")
-    settings = config.load(path, options.overrides)
-    if output is not None:
-        settings = settings.model_copy(update={"output": str(output)})
+    settings = run_settings(options, config.load)
     return runs.align(settings, resume=options.resume)
 
 

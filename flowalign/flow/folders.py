@@ -11,10 +11,11 @@ from typing import Any
 from PIL import Image
 
 from flowalign.data.images import decode
+from flowalign.data.rows import PICTURES
 from flowalign.errors import DataError
 
 TABLE = "metadata.jsonl"
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = tuple(f".{kind}" for kind in sorted(PICTURES))
 
 
 @dataclass(frozen=True)

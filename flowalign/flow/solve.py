@@ -57,25 +57,13 @@ def solve(velocity: Velocity, start: Tensor, settings: Solve, strength: Tensor |
     strength: `[B]` in [0, 1], each row's own; None takes `settings.strength`. Rows do not depend on each other, but for dopri5,
     which takes the same steps for all rows of a batch. Raises RunError where dopri5 gives up and where a place is not finite.
     """
-    if strength is None:
-        strength = torch.full((len(start),), settings.strength, dtype=torch.float64)
-    y, evaluations = start, 0
-    for _ in range(settings.iterations):
-        y, count = _integrate(velocity, y, settings, strength, (0.0, 1.0))
-        evaluations += count
-    return Solution(y, evaluations)
+    return _passes(velocity, start, settings, strength, (0.0, 1.0))
 
 
 @torch.no_grad()
 def back(velocity: Velocity, end: Tensor, settings: Solve, strength: Tensor | None = None) -> Solution:
     """The way back, from s = strength to s = 0: what `solve` started from, but for the error of the steps."""
-    if strength is None:
-        strength = torch.full((len(end),), settings.strength, dtype=torch.float64)
-    y, evaluations = end, 0
-    for _ in range(settings.iterations):
-        y, count = _integrate(velocity, y, settings, strength, (1.0, 0.0))
-        evaluations += count
-    return Solution(y, evaluations)
+    return _passes(velocity, end, settings, strength, (1.0, 0.0))
 
 
 @torch.no_grad()
@@ -85,6 +73,17 @@ def there_and_back(velocity: Velocity, start: Tensor, settings: Solve, strength:
     again = back(velocity, end, settings, strength).end
     lost, moved = ((each - start).flatten(1).norm(dim=1) for each in (again, end))
     return torch.where(moved > 0, lost / moved, torch.zeros_like(lost))
+
+
+def _passes(velocity: Velocity, y: Tensor, settings: Solve, strength: Tensor | None, span: tuple[float, float]) -> Solution:
+    """`settings.iterations` passes, one after the other."""
+    if strength is None:
+        strength = torch.full((len(y),), settings.strength, dtype=torch.float64)
+    evaluations = 0
+    for _ in range(settings.iterations):
+        y, count = _integrate(velocity, y, settings, strength, span)
+        evaluations += count
+    return Solution(y, evaluations)
 
 
 def _integrate(

@@ -13,7 +13,7 @@ from math import inf, sqrt
 import torch
 
 from flowalign import plugins
-from flowalign.align.carried import Carried
+from flowalign.align.carried import loss_at_start
 from flowalign.align.terms import Terms
 from flowalign.plan.data import Counted
 from flowalign.settings import Config
@@ -67,9 +67,8 @@ class Facts:
         objective, count = plugins.load("objectives", self.config.objective.name), self.counted.per_comparison
         error, ones, falling = torch.ones(1, count, requires_grad=True), torch.ones(1, count), torch.linspace(1, 0, count)[None]
         terms = Terms(error, ones, 0 * ones, ones[:, 0], self.counted.num_chosen, 0 * ones[:, 0], falling, falling)
-        carried = Carried.of(objective, self.knobs, torch.device("cpu"))
         try:
-            loss = objective(terms, *(() if carried is None else (carried.scalars,)), **self.knobs)
+            loss = loss_at_start(objective, self.knobs, terms)
         except ValueError:
             return inf
         return float(torch.autograd.grad(loss.sum(), error)[0].abs().max())

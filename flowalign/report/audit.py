@@ -11,7 +11,8 @@ from flowalign.evaluate.audit import Audit
 from flowalign.evaluate.checks.base import Check
 from flowalign.evaluate.survey import Shown
 from flowalign.files import write_text
-from flowalign.report.diagrams import bars, shares
+from flowalign.report.charts import shares
+from flowalign.report.diagrams import bars
 from flowalign.report.document import document, figure, shortened
 from flowalign.report.gallery import Thumbnails, picture
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from flowalign.report.document import shortened
+
 WIDTH, HEIGHT = 520, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 44
 MOST_POINTS = 240  # a line with more is averaged into this many bins: the eye sees no more, the page stays small
@@ -94,31 +96,47 @@ def line_chart(
 
 def forest(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """Win rates `{value, low, high}` in [0, 1], one row per judge, against the line at one half."""
+    return shares(
+        rows,
+        left_says="base is better",
+        right_says="aligned is better",
+        axis="win rate of the aligned model, 95 % interval",
+        about="Win rates",
+    )
+
+
+def shares(
+    rows: Sequence[tuple[str, Mapping[str, float]]], *, left_says: str, right_says: str, axis: str, about: str | None = None
+) -> str:
+    """Shares `{value, low, high}` in [0, 1] with intervals, one row each, against the line at one half.
+
+    about: what the chart is called where it is not seen; the axis if left out.
+    """
     width, left, right, row, top = 760, 160, 170, 40, 28
     bottom = top + row * len(rows)
-    height = bottom + 46
 
     def px(x: float) -> float:
         return left + x * (width - left - right)
 
     parts = [f'<line class="neutral" x1="{px(0.5):.1f}" x2="{px(0.5):.1f}" y1="{top - 6}" y2="{bottom}"/>']
-    parts.append(f'<text x="{px(0.5) - 8:.1f}" y="14" text-anchor="end">← base is better</text>')
-    parts.append(f'<text x="{px(0.5) + 8:.1f}" y="14">aligned is better →</text>')
+    parts.append(f'<text x="{px(0.5) - 8:.1f}" y="14" text-anchor="end">← {escape(left_says)}</text>')
+    parts.append(f'<text x="{px(0.5) + 8:.1f}" y="14">{escape(right_says)} →</text>')
     for x in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<line class="tick" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{bottom}" y2="{bottom + 5}"/>')
         parts.append(f'<text x="{px(x):.1f}" y="{bottom + 20}" text-anchor="middle">{100 * x:g} %</text>')
     parts.append(f'<line class="tick" x1="{left}" x2="{width - right}" y1="{bottom}" y2="{bottom}"/>')
-    axis = "win rate of the aligned model, 95 % interval"
-    parts.append(f'<text x="{px(0.5):.1f}" y="{bottom + 40}" text-anchor="middle">{axis}</text>')
+    parts.append(f'<text x="{px(0.5):.1f}" y="{bottom + 40}" text-anchor="middle">{escape(axis)}</text>')
     told = []
-    for index, (name, rate) in enumerate(rows):
+    for index, (name, share) in enumerate(rows):
         y = top + row * (index + 0.5)
-        look = "better" if rate["low"] > 0.5 else "worse" if rate["high"] < 0.5 else "open"
-        words = f"{100 * rate['value']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+        look = "better" if share["low"] > 0.5 else "worse" if share["high"] < 0.5 else "open"
+        words = f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
         told.append(f"{name} {words}")
-        parts.append(f'<text class="strong" x="{left - 16}" y="{y + 5}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<line class="whisker {look}" x1="{px(rate["low"]):.1f}" x2="{px(rate["high"]):.1f}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="dot {look}" cx="{px(rate["value"]):.1f}" cy="{y}" r="5.5"/>')
+        parts.append(f'<text class="strong" x="{left - 16}" y="{y + 5}" text-anchor="end">{escape(shortened(name, 22))}</text>')
+        parts.append(
+            f'<line class="whisker {look}" x1="{px(share["low"]):.1f}" x2="{px(share["high"]):.1f}" y1="{y}" y2="{y}"/>'
+        )
+        parts.append(f'<circle class="dot {look}" cx="{px(share["value"]):.1f}" cy="{y}" r="5.5"/>')
         parts.append(f'<text class="strong" x="{width - right + 16}" y="{y + 5}">{words}</text>')
-    label = escape("Win rates: " + "; ".join(told))
-    return f'<svg class="forest" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    label = escape(f"{about or axis}: {'; '.join(told)}")
+    return f'<svg class="forest" viewBox="0 0 {width} {bottom + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -176,34 +176,3 @@ def reliability(title: str, note: str, after: Sequence[Mapping[str, Any]], befor
         f'<div class="legend">{legend}</div><svg viewBox="0 0 {side} {height}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg></figure>'
     )
-
-
-def shares(rows: Sequence[tuple[str, Mapping[str, float]]], *, left_says: str, right_says: str, axis: str) -> str:
-    """Shares `{value, low, high}` in [0, 1] with intervals, one row each, against the line at one half."""
-    width, left, right, row, top = 760, 170, 170, 36, 28
-    bottom = top + row * len(rows)
-
-    def px(x: float) -> float:
-        return left + x * (width - left - right)
-
-    parts = [f'<line class="neutral" x1="{px(0.5):.1f}" x2="{px(0.5):.1f}" y1="{top - 6}" y2="{bottom}"/>']
-    parts.append(f'<text x="{px(0.5) - 8:.1f}" y="14" text-anchor="end">← {escape(left_says)}</text>')
-    parts.append(f'<text x="{px(0.5) + 8:.1f}" y="14">{escape(right_says)} →</text>')
-    for x in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(f'<text x="{px(x):.1f}" y="{bottom + 20}" text-anchor="middle">{100 * x:g} %</text>')
-    parts.append(f'<line class="tick" x1="{left}" x2="{width - right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text x="{px(0.5):.1f}" y="{bottom + 40}" text-anchor="middle">{escape(axis)}</text>')
-    told = []
-    for index, (name, share) in enumerate(rows):
-        y = top + row * (index + 0.5)
-        look = "better" if share["low"] > 0.5 else "worse" if share["high"] < 0.5 else "open"
-        words = f"{100 * share['value']:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
-        told.append(f"{name} {words}")
-        parts.append(f'<text class="strong" x="{left - 14}" y="{y + 5}" text-anchor="end">{escape(shortened(name, 22))}</text>')
-        parts.append(
-            f'<line class="whisker {look}" x1="{px(share["low"]):.1f}" x2="{px(share["high"]):.1f}" y1="{y}" y2="{y}"/>'
-        )
-        parts.append(f'<circle class="dot {look}" cx="{px(share["value"]):.1f}" cy="{y}" r="5.5"/>')
-        parts.append(f'<text class="strong" x="{width - right + 14}" y="{y + 5}">{words}</text>')
-    label = escape(f"{axis}: {'; '.join(told)}")
-    return f'<svg class="forest" viewBox="0 0 {width} {bottom + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from flowalign.flow.matching import MatchingStep
 from flowalign.flow.settings import Match, Train
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
+from flowalign.runs.folders import fresh, newest
 from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.optimizer import make_optimizer
@@ -182,15 +182,6 @@ def fit_field(
     return {"run": str(run.path), "finished": finished, "seconds": seconds, "metrics": last, "summary": said}
 
 
-def fresh(run: RunDir, resume: bool) -> None:
-    """Raises ConfigError for a folder that is in use."""
-    if (run.config.exists() or states(run.states)) and not resume:
-        raise ConfigError(
-            f"output {run.path} already holds a run; allowed: an empty folder; add --resume to continue that run, or give "
-            "another folder with --output."
-        )
-
-
 def last_metrics(run: RunDir) -> dict[str, float]:
     """The newest value of every metric."""
-    return {name: value for line in islice(read_lines(run.metrics), None) for name, value in line.items() if name != "step"}
+    return {name: value for name, value in newest(read_lines(run.metrics)).items() if name != "step"}

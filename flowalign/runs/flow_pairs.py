@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowalign.data.writer import write_comparisons
 from flowalign.errors import ConfigError, DataError
-from flowalign.files import write_text
 from flowalign.flow.settings import Scores
 from flowalign.rng import Keyed
 from flowalign.scoring.table import ScoreTable, read_table
@@ -28,7 +27,7 @@ def write_pairs(scores: Scores, path: Path, seed: int) -> int:
     values = _values(table, scores)
     paths, generators = table.texts("path"), _column(table, "generator")
     seeds = _column(table, "seed")
-    lines = []
+    found: list[dict[str, Any]] = []
     for prompt, rows in table.groups().items():
         rows = rows[np.isfinite(values[rows])]
         order = rows[Keyed(seed).permutation(f"best-of-n {prompt}", 0, len(rows)).numpy()]
@@ -40,8 +39,8 @@ def write_pairs(scores: Scores, path: Path, seed: int) -> int:
                 continue
             row: dict[str, Any] = {
                 "prompt": prompt,
-                "chosen": _absolute(str(paths[best])),
-                "rejected": _absolute(str(paths[worst])),
+                "images": [str(paths[best]), str(paths[worst])],
+                "num_chosen": 1,
                 "scores": {scores.reward or "combined": [float(values[best]), float(values[worst])]},
                 "margin": float(values[best] - values[worst]),
             }
@@ -49,11 +48,10 @@ def write_pairs(scores: Scores, path: Path, seed: int) -> int:
                 row["generator"] = [generators[best], generators[worst]]
             if seeds[best] is not None and seeds[worst] is not None:
                 row["seed"] = [seeds[best], seeds[worst]]
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if not lines:
+            found.append(row)
+    if not found:
         raise DataError(f"{scores.table} holds no prompt with two pictures of different scores; draw more pictures a prompt.")
-    write_text(path, "".join(lines))
-    return len(lines)
+    return write_comparisons(path, found)
 
 
 def _values(table: ScoreTable, scores: Scores) -> NDArray[np.float64]:
@@ -73,8 +71,3 @@ def _values(table: ScoreTable, scores: Scores) -> NDArray[np.float64]:
 
 def _column(table: ScoreTable, name: str) -> list[Any]:
     return table.texts(name) if name in table.data.column_names else [None] * len(table)
-
-
-def _absolute(path: str) -> str:
-    """Paths are relative to where the table was written from; an address stays as it is."""
-    return path if "://" in path else str(Path(path).resolve())

@@ -15,7 +15,7 @@ from PIL import Image
 from flowalign import config as configuration
 from flowalign.data.images import decode, fit
 from flowalign.device import choose_device, open_accelerator
-from flowalign.errors import ConfigError, DataError
+from flowalign.errors import DataError
 from flowalign.evaluate.compare import SAMPLER_KEYS, evaluate_folders, read_generation
 from flowalign.evaluate.identity import nearest_is_own
 from flowalign.evaluate.judges import ImageTower, load_judges, to_pixels
@@ -26,8 +26,9 @@ from flowalign.flow.improve import Flow, load_flow
 from flowalign.flow.settings import FlowConfig, Solve
 from flowalign.report.flow_card import write_flow_card
 from flowalign.report.page import write_report
-from flowalign.runs.flow_fit import fresh, last_metrics, train_field
+from flowalign.runs.flow_fit import last_metrics, train_field
 from flowalign.runs.flow_parts import FlowParts, prepare_flow
+from flowalign.runs.folders import fresh, judges_of
 from flowalign.train.checkpoint import states, step_of
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
@@ -220,7 +221,7 @@ def evaluate_flow(
     Raises ConfigError where no judges are known.
     """
     place = choose_device(device)
-    chosen = load_judges(judges or _judges_of(run), place)
+    chosen = load_judges(judges or judges_of(run, FlowConfig), place)
     flow = load_flow(run, device=place)
     options = {"strength": strength, "steps": steps, "iterations": iterations, "guidance": guidance, "solver": solver}
     settings = chosen_solve(flow, options)
@@ -273,11 +274,3 @@ def _identity(sides: Sequence[Sequence[Any]], device: torch.device) -> tuple[np.
             rows.append(tower(to_pixels(images, TOWER_SIDE)).cpu())
         features.append(torch.cat(rows).numpy())
     return nearest_is_own(features[0], features[1])
-
-
-def _judges_of(run: str) -> Path:
-    path = Path(run) / "config.yaml"
-    folder = configuration.load_tree(FlowConfig, path).judges if path.is_file() else None
-    if folder is None:
-        raise ConfigError(f"no judges are given and {run} names none; add --judges FOLDER, such as samples/emoji/judges.")
-    return Path(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,40 @@ from safetensors.torch import load_file, save_file
 
 from flowalign import config as configuration
 from flowalign.data.cache import clear, usage
-from flowalign.errors import CheckpointError
+from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.loading import LORA
 from flowalign.files import atomic
+from flowalign.flow.settings import FlowConfig
 from flowalign.report.card import write_card
 from flowalign.report.page import write_report
+from flowalign.settings import Config
 from flowalign.sources import cache_folder
+from flowalign.train.checkpoint import states
+from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import kohya
+
+
+def fresh(run: RunDir, resume: bool) -> None:
+    """Raises ConfigError for a folder that is in use, unless the run in it is to go on."""
+    if (run.config.exists() or states(run.states)) and not resume:
+        raise ConfigError(
+            f"output {run.path} already holds a run; allowed: an empty folder; add --resume to continue that run, or give "
+            "another folder with --output."
+        )
+
+
+def newest(lines: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The last value of every metric of a metrics file."""
+    return {name: value for line in lines for name, value in line.items()}
+
+
+def judges_of(run: str, kind: type[Config] | type[FlowConfig]) -> Path:
+    """The folder of judges that a run's configuration names. Raises ConfigError where there is none."""
+    path = Path(run) / "config.yaml"
+    folder = configuration.load_tree(kind, path).judges if path.is_file() else None
+    if folder is None:
+        raise ConfigError(f"no judges are given and {run} names none; add --judges FOLDER, such as samples/emoji/judges.")
+    return Path(folder)
 
 
 def report(run: Path) -> dict[str, Any]:

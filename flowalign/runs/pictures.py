@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign import config as configuration
 from flowalign.device import choose_device
-from flowalign.errors import ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
 from flowalign.files import write_text
-from flowalign.runs.folders import report
+from flowalign.runs.folders import judges_of, report
+from flowalign.settings import Config
 
 
 def generate(
@@ -72,7 +71,7 @@ def evaluate(
     `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote. `judges` may be left
     out where `aligned` is a run whose configuration names them.
     """
-    judge_folder = judges or _judges_of(aligned)
+    judge_folder = judges or judges_of(aligned, Config)
     chosen = load_judges(judge_folder, choose_device(device))
     folders = []
     for side, source in (("base", base), ("aligned", aligned)):
@@ -108,11 +107,3 @@ def evaluate(
         "report": page,
         "summary": "\n".join([*lines, f"report: {page}"]),
     }
-
-
-def _judges_of(aligned: str) -> Path:
-    path = Path(aligned) / "config.yaml"
-    folder = configuration.load(path).judges if path.is_file() else None
-    if folder is None:
-        raise ConfigError(f"no judges are given and {aligned} names none; add --judges FOLDER, such as samples/emoji/judges.")
-    return Path(folder)

@@ -17,7 +17,7 @@ from flowalign import config as configuration
 from flowalign import probe
 from flowalign.data.pairs import sequential
 from flowalign.device import make_accelerator
-from flowalign.errors import CollapseError, ConfigError
+from flowalign.errors import CollapseError
 from flowalign.evaluate.guard import guard_report
 from flowalign.files import write_text
 from flowalign.plan.gpus import EFFICIENCY
@@ -25,7 +25,7 @@ from flowalign.plan.page import page
 from flowalign.plan.predict import predict
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
-from flowalign.runs.folders import report
+from flowalign.runs.folders import fresh, newest, report
 from flowalign.settings import Config
 from flowalign.setup import Prepared, prepare
 from flowalign.train.checkpoint import State, load, states, step_of
@@ -46,11 +46,7 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     started = time.perf_counter()
     run = RunDir(Path(config.output))
     found = states(run.states)
-    if run.config.exists() and not resume:
-        raise ConfigError(
-            f"output {config.output} already holds a run; allowed: an empty folder; add --resume to continue that run, or give "
-            "another folder with --output."
-        )
+    fresh(run, resume)
     accelerator = make_accelerator(config, run.path)
     try:
         with peers(accelerator.num_processes):
@@ -181,9 +177,8 @@ def _finish(config: Config, ready: Prepared, state: State, run: RunDir, progress
 
 
 def _last_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The newest value of every metric."""
-    out = {name: value for line in lines for name, value in line.items()}
-    return {name: value for name, value in out.items() if not name.startswith("guard/")}
+    """The newest value of every metric but what the guard did."""
+    return {name: value for name, value in newest(lines).items() if not name.startswith("guard/")}
 
 
 def plan(

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +14,10 @@ from PIL import Image
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.report.page import write_report
+from tests.report.html import Page
 
 NASTY = "</script><script>alert(1)</script> & <img src=x onerror=alert(2)> \"quoted\" 'too'"
 PROMPTS = ["cat face", "dog face", NASTY]
-
-
-class Page(HTMLParser):
-    """All tags with their attributes, and the text by tag."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in ("img", "meta", "link", "br", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def text(self) -> str:
-        return " ".join(text for tag, text in self.texts if tag not in ("style", "script"))
 
 
 class Brightness:

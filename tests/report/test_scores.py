@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from flowalign.scoring.labelled import match
 from flowalign.scoring.rewards.base import Card
 from flowalign.scoring.table import ScoreTable
 from tests.browser import CHROMIUM, chromium
+from tests.report import html
 
 NASTY = "</script><script>alert(1)</script> & <img src=x onerror=alert(2)> \"quoted\" 'too'"
 QUALITY = {"accuracy": [0.71, 0.66, 0.76], "log_loss": 0.55, "brier": 0.19, "ece": [0.021, 0.01, 0.05]}
@@ -85,38 +85,12 @@ def scored(emoji: Path) -> ScoreTable:
     return table([f"{emoji}/emoji.parquet#{place}" for place in range(12)], prompts, {"clip": clip, "bytes": sizes}, ["bytes"])
 
 
-class Page(HTMLParser):
+class Page(html.Page):
+    """A page of scores."""
+
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.html = path.read_text(encoding="utf-8")
-        self.feed(self.html)
+        super().__init__(path.read_text(encoding="utf-8"))
         assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in ("img", "meta", "br", "input"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append((self.open[-1] if self.open else "", data))
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def text(self) -> str:
-        return " ".join(text for tag, text in self.texts if tag not in ("style", "script"))
-
-    def part(self, name: str) -> str:
-        return self.html.partition(f'<section id="{name}">')[2].partition("</section>")[0]
 
     def column(self, key: int) -> list[float]:
         """Values in the gallery by which it can be sorted, in its order; NaN where there is none."""
