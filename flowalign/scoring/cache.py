@@ -7,7 +7,7 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,11 +61,13 @@ class ScoreCache:
             self._threads.connection.execute("PRAGMA synchronous = NORMAL")
         return self._threads.connection
 
-    def find(self, card: Card, picture: str, prompt: str) -> float | None:
-        """The score of a picture by one reward; None where it is not known."""
+    def find(self, cards: Sequence[Card], picture: str, prompt: str) -> dict[str, float]:
+        """The scores of a picture that are known, by reward."""
+        keys = {card.name: _key(card, picture, prompt) for card in cards}
+        query = f"SELECT key, score FROM scores WHERE key IN ({_marks(keys)})"
         with self._working() as connection:
-            row = connection.execute("SELECT score FROM scores WHERE key = ?", (_key(card, picture, prompt),)).fetchone()
-        return None if row is None else float(row[0])
+            known = dict(connection.execute(query, (*keys.values(),)).fetchall())
+        return {name: float(known[key]) for name, key in keys.items() if key in known}
 
     def add(self, given: Sequence[tuple[Card, Mapping[Name, float]]]) -> list[dict[Name, float]]:
         """Keep scores by several rewards: all of them or, if the process is killed, none. Returns the ones that stand, which
@@ -89,11 +91,12 @@ class ScoreCache:
         with self._writing() as connection:
             connection.executemany("INSERT OR IGNORE INTO alone VALUES (?)", [(key,) for key in sorted(keys)])
 
-    def is_apart(self, card: Card, picture: str, prompt: str) -> bool:
-        """Whether it was `set_apart`."""
+    def is_apart(self, cards: Sequence[Card], picture: str, prompt: str) -> bool:
+        """Whether it was `set_apart` for each of these."""
+        keys = [_key(card, picture, prompt) for card in cards]
         with self._working() as connection:
-            row = connection.execute("SELECT 1 FROM alone WHERE key = ?", (_key(card, picture, prompt),)).fetchone()
-        return row is not None
+            (count,) = connection.execute(f"SELECT count(*) FROM alone WHERE key IN ({_marks(keys)})", keys).fetchone()
+        return count == len(set(keys))
 
     @contextmanager
     def _working(self) -> Iterator[sqlite3.Connection]:
@@ -109,6 +112,10 @@ class ScoreCache:
         with self._working() as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
+
+
+def _marks(keys: Collection[object]) -> str:
+    return ", ".join("?" * len(keys))
 
 
 def _key(card: Card, picture: str, prompt: str) -> bytes:

@@ -15,7 +15,7 @@ import hashlib
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from flowalign.data.images import decode
 from flowalign.errors import DataError
 from flowalign.scoring.cache import Name, ScoreCache
-from flowalign.scoring.rewards.base import Backbone, Reward, checked
+from flowalign.scoring.rewards.base import Backbone, Card, Reward, checked
 from flowalign.scoring.scored import Counts, Scored, cells, said_by, unreadable, write_blocks
 from flowalign.scoring.sources import Item, Items
 
@@ -39,6 +39,24 @@ EARLY = 64
 """Rows after which a reward that has scored none of them is told."""
 MOST = 8
 """Batches of known rows that wait for a batch to fill up."""
+HANDFUL = 8
+"""Rows that a thread reads and prepares at a time."""
+
+
+class _Recent:
+    """Which pictures were among the last rows: those may have been scored since a row of the same one was looked up."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._count = rows, 0
+        self._last: dict[str | None, int] = {}
+
+    def before(self, row: Scored) -> bool:
+        """Whether the row's picture was there lately; it is now."""
+        was = self._last.get(row.image)
+        self._last[row.image], self._count = self._count, self._count + 1
+        if len(self._last) > 2 * self._rows:
+            self._last = {image: place for image, place in self._last.items() if place >= self._count - self._rows}
+        return was is not None and was >= self._count - 1 - self._rows
 
 
 class Scorer:
@@ -59,9 +77,10 @@ class Scorer:
         """The rows of these places, scored, in their order."""
         waiting: list[Scored] = []  # in order; the last of them may still lack scores
         lacking: list[Scored] = []
+        seen = _Recent((AHEAD + MOST + 1) * self.batch_size)
         for place, row in zip(places, self._prepared(items, places), strict=True):
             waiting.append(row)
-            if not row.inputs or not self._look_up(row):  # once more: a row before it may have been the same picture
+            if not row.inputs or (seen.before(row) and not self._look_up(row)):
                 row.inputs = {}
             elif self._is_apart(row):
                 self._forward([row])
@@ -80,17 +99,24 @@ class Scorer:
 
     def _prepared(self, items: Items, places: Sequence[int]) -> Iterator[Scored]:
         """Rows read and prepared by threads, a few batches ahead."""
-        remaining = iter(places)
+        handfuls = (places[start : start + HANDFUL] for start in range(0, len(places), HANDFUL))
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            ahead = deque(pool.submit(self._prepare, items, place) for place in islice(remaining, AHEAD * self.batch_size))
+
+            def submitted(count: int) -> Iterator[Future[list[Scored]]]:
+                return (pool.submit(self._prepare_all, items, some) for some in islice(handfuls, count))
+
+            ahead = deque(submitted(-(-AHEAD * self.batch_size // HANDFUL)))
             try:
                 while ahead:
-                    row = ahead.popleft().result()
-                    ahead.extend(pool.submit(self._prepare, items, place) for place in islice(remaining, 1))
-                    yield row
+                    rows = ahead.popleft().result()
+                    ahead.extend(submitted(1))
+                    yield from rows
             finally:
                 for each in ahead:
                     each.cancel()
+
+    def _prepare_all(self, items: Items, places: Sequence[int]) -> list[Scored]:
+        return [self._prepare(items, place) for place in places]
 
     def _prepare(self, items: Items, place: int) -> Scored:
         try:
@@ -128,15 +154,17 @@ class Scorer:
 
     def _look_up(self, row: Scored) -> bool:
         """Take from the cache what it knows; whether something is still lacking."""
-        for name, card in self.cards.items():
-            if row.lacks(name) and (known := self.cache.find(card, *row.name)) is not None:
-                row.scores[name] = known
-                row.cached += 1
+        known = self.cache.find(self._lacked(row), *row.name)
+        row.scores |= known
+        row.cached += len(known)
         return any(map(row.lacks, self.cards))
+
+    def _lacked(self, row: Scored) -> list[Card]:
+        return [card for name, card in self.cards.items() if row.lacks(name)]
 
     def _is_apart(self, row: Scored) -> bool:
         """Whether all that a row lacks failed in a batch before."""
-        return all(self.cache.is_apart(card, *row.name) for name, card in self.cards.items() if row.lacks(name))
+        return self.cache.is_apart(self._lacked(row), *row.name)
 
     def _forward(self, rows: Sequence[Scored]) -> None:
         """Score what is lacking: one forward per backbone over distinct pictures, then each reward, then into the cache."""
