@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.papers import groups, tones
+from benchmarks.papers.style import write_between
 from flowalign.evaluate.compare import Estimate, compare
 from flowalign.files import write_text
 
@@ -169,16 +170,6 @@ def sheet(work: Path, names: Sequence[str], prompts: Sequence[str], draws: int, 
     canvas.save(path, optimize=True)
 
 
-def insert(page: Path, name: str, text: str) -> None:
-    """Put `text` between the page's comments that begin and end `name`."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    old = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if begin not in old:
-        old += f"{begin}\n{end}\n"
-    before, _, rest = old.partition(begin)
-    write_text(page, f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
-
-
 def rounded(value: Any) -> Any:
     """Floats to four digits, wherever they are."""
     if isinstance(value, dict):
@@ -191,16 +182,17 @@ def rounded(value: Any) -> Any:
 def write_page(found: Tree, folder: Path, work: Path) -> None:
     """Tables into `folder`/multi_sample.md, between its comments, and the plot, the sheet and the raw figures beside it."""
     page = folder / f"{NAME}.md"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not page.is_file():
+        write_text(page, "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in ("de-biasing", "label noise")))
     debias, noise = {}, {}
     if "debias" in found:
         debias = debias_rows(found["debias"])
-        insert(page, "de-biasing", debias_table(debias))
+        write_between(page, "de-biasing", debias_table(debias).split("\n"))
         arms, seed = found["debias"]["arms"], found["seeds"][0]
         names = [name if name == "base" else f"{name}-{seed}" for name in arms]
         sheet(work, names, arms["base"][0]["prompts"], found["debias"]["draws"], folder / f"{NAME}-pictures.png")
     if "noise" in found:
         noise = noise_rows(found["noise"])
-        insert(page, "label noise", noise_table(noise))
+        write_between(page, "label noise", noise_table(noise).split("\n"))
     plot(debias, noise, folder / f"{NAME}.png")
     write_text(folder / f"{NAME}.json", json.dumps(rounded(found), separators=(",", ":")) + "\n")

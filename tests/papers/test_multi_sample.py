@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.papers import groups, multi_sample, multi_sample_page, tones
+from benchmarks.papers.style import write_between
 from flowalign import config
 from flowalign.data.readers import open_comparisons
 from flowalign.setup import load_objective
@@ -163,10 +164,12 @@ def test_what_is_kept_is_made_anew_for_other_settings(tmp_path: Path) -> None:
 
 def test_tables_replace_themselves(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
-    for text in ("new", "newer"):
-        multi_sample_page.insert(page, "x", text)
-        assert page.read_text() == f"before\n<!-- x: begin -->\n{text}\n<!-- x: end -->\nafter\n"
+    page.write_text("before\n<!-- x -->\nold\n<!-- end of x -->\nafter\n")
+    for lines in (["new"], ["newer", "still"]):
+        write_between(page, "x", lines)
+        assert page.read_text() == "\n".join(["before", "<!-- x -->", *lines, "<!-- end of x -->", "after", ""])
+    with pytest.raises(SystemExit, match="end of y"):
+        write_between(page, "y", ["new"])
 
 
 def test_tables_say_what_was_judged() -> None:
