@@ -7,7 +7,7 @@ settings. The prompt is the unit that is resampled, since pictures of one prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,14 +107,41 @@ def mean_with_interval(
     Raises DataError for unequal lengths, no value, or one that is not finite.
     """
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) != len(groups) or not values.size or not np.isfinite(values).all():
+    if values.ndim != 1:
+        raise DataError(f"there are values of shape {values.shape} for {len(groups)} groups; give finite ones, one group each.")
+    return of_means(values[:, None], groups, lambda means: means, resamples=resamples, seed=seed, level=level)[0]
+
+
+def of_means(
+    values: ArrayLike,
+    groups: Sequence[object],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    resamples: int = 2_000,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> list[Estimate]:
+    """What depends on means over rows, with percentile bootstrap intervals; whole groups `[n]`, such as prompts, are resampled.
+
+    values: `[n, ...]`. statistic: means `[R, ...]` of R resamples -> `[R, S]`; one estimate for each of S. A resample of which
+    it gives NaN is left out, and where it gives nothing else, the interval is NaN. Raises DataError for unequal lengths, no
+    value, or one that is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) != len(groups) or not values.size or not np.isfinite(values).all():
         raise DataError(f"there are values of shape {values.shape} for {len(groups)} groups; give finite ones, one group each.")
     place = {label: index for index, label in enumerate(dict.fromkeys(groups))}
     group = np.array([place[label] for label in groups])
-    sums = np.stack([np.bincount(group, weights=each) for each in (values, np.ones(len(values)))], axis=1)
-    drawn = [counts @ sums for counts in _resampled(len(place), resamples, seed, chunk=max(1, CHUNK // len(place)))]
-    total, size = np.concatenate(drawn).T
-    return _estimate(values.mean(), total / size, level)
+    flat = values.reshape(len(values), -1)
+    sums = np.zeros((len(place), flat.shape[1]))
+    np.add.at(sums, group, flat)
+    size = np.bincount(group).astype(np.float64)
+    drawn = []
+    for counts in _resampled(len(place), resamples, seed, chunk=max(1, CHUNK // max(sums.shape))):
+        means = counts @ sums / (counts @ size)[:, None]
+        drawn.append(statistic(means.reshape(-1, *values.shape[1:])))
+    told = statistic(values.mean(0, keepdims=True))[0]
+    return [_estimate(value, resample, level) for value, resample in zip(told, np.concatenate(drawn).T, strict=True)]
 
 
 def _resampled(groups: int, resamples: int, seed: int, chunk: int) -> Iterator[NDArray[np.int64]]:
@@ -133,7 +160,8 @@ def _weighted_median(values: NDArray[np.float64], counts: NDArray[np.int64]) -> 
 
 
 def _estimate(value: float, resampled: NDArray[np.float64], level: float = LEVEL) -> Estimate:
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    known = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high))
 
 
