@@ -17,7 +17,8 @@ BINS = 30
 Z = 1.959963984540054  # of a two-sided 95 % interval
 
 
-def _caption(title: str, note: str) -> str:
+def caption(title: str, note: str) -> str:
+    """Of a chart: what it shows, and how to read it."""
     return f'<figcaption><strong>{escape(title)}</strong> <span class="muted">{escape(note)}</span></figcaption>'
 
 
@@ -26,7 +27,7 @@ def histogram(title: str, note: str, values: ArrayLike, *, at: float | None = No
     values = np.asarray(values, dtype=np.float64)
     known = values[np.isfinite(values)]
     if not len(known):
-        return f'<figure class="chart">{_caption(title, note)}<p class="muted">No value.</p></figure>'
+        return f'<figure class="chart">{caption(title, note)}<p class="muted">No value.</p></figure>'
     low, high = float(known.min()), float(known.max())
     if at is not None:
         low, high = min(low, at), max(high, at)
@@ -83,7 +84,7 @@ def bars(
     filled = [place for place, count in enumerate(counts) if count]
     span = f"from {figure(edges[filled[0]])} to {figure(edges[filled[-1] + 1])}"
     label = escape(f"{title}: {sum(counts)} {unit} {span}, {words}")
-    head = f'<figure class="chart">{_caption(title, note)}'
+    head = f'<figure class="chart">{caption(title, note)}'
     return f'{head}<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
 
 
@@ -118,7 +119,7 @@ def matrix(title: str, note: str, names: Sequence[str], values: ArrayLike) -> st
                 told.append(f"{names[i]} and {names[j]} {said}")
     label = escape(f"{title}: {'; '.join(told)}")
     return (
-        f'<figure class="chart">{_caption(title, note)}<div class="scroll">'
+        f'<figure class="chart">{caption(title, note)}<div class="scroll">'
         f'<svg class="matrix" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg></div></figure>'
     )
@@ -172,7 +173,7 @@ def reliability(title: str, note: str, after: Sequence[Mapping[str, Any]], befor
     legend = "".join(f'<span class="key {look}">{name}</span>' for look, name in keys)
     label = escape(f"{title}: {'; '.join(told)}")
     return (
-        f'<figure class="chart reliability">{_caption(title, note)}'
+        f'<figure class="chart reliability">{caption(title, note)}'
         f'<div class="legend">{legend}</div><svg viewBox="0 0 {side} {height}" role="img" '
         f'aria-label="{label}">{"".join(parts)}</svg></figure>'
     )
