@@ -46,12 +46,13 @@ def write_card(run: str | Path) -> Path:
     config = load(run / "config.yaml")
     samples = read_samples(run)
     environment = read_mapping(run / "environment.json")
+    merged = read_mapping(run / "merge.json")
     parts = [
         _front(config),
-        _opening(run, config, environment),
+        _opening(run, config, environment) if not merged else _merged(run, config, merged),
         _pictures(samples, weights / "samples.png"),
         _usage(config, weights),
-        _training(config, environment),
+        "" if merged else _training(config, environment),
         _data(read_mapping(run / "data.json")),
         _measured(list(read_lines(run / "metrics.jsonl"))),
         _judged(read_mapping(run / "evaluation" / "evaluation.json")),
@@ -114,6 +115,17 @@ def _opening(run: Path, config: Config, environment: Mapping[str, Any]) -> str:
     return (
         f"# {run.resolve().name}\n\n{what} {literal(config.model.checkpoint)}, aligned on preference pairs with the objective "
         f"{literal(config.objective.name)} by {tool}."
+    )
+
+
+def _merged(run: Path, config: Config, merged: Mapping[str, Any]) -> str:
+    """Of weights that were made from those of other runs, so that nothing is said of a training that was not."""
+    what = "A LoRA for" if config.trainable.kind == "lora" else "All weights of"
+    rows = zip(map(literal, merged["runs"]), merged["weights"], strict=True)
+    back = f", then {merged['back']:g} of the way back to it" if merged["back"] else ""
+    return (
+        f"# {run.resolve().name}\n\n{what} {literal(config.model.checkpoint)}, merged from what several runs changed "
+        f"({merged['how']}{back}).\n\n{_table(('run', 'weight'), rows)}"
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowalign.runs.folders import export_kohya as export_kohya
     from flowalign.runs.folders import report as report
     from flowalign.runs.implicit import margins as margins
+    from flowalign.runs.merging import merge as merge
     from flowalign.runs.pictures import evaluate as evaluate
     from flowalign.runs.pictures import generate as generate
     from flowalign.runs.rewards import list_rewards as list_rewards
@@ -36,6 +37,7 @@ _VERBS = {
     "flows": ("fit_flow", "apply_flow", "evaluate_flow"),
     "flow_fit": ("fit_field",),
     "pictures": ("generate", "evaluate"),
+    "merging": ("merge",),
     "rewards": ("list_rewards",),
     "scoring": ("score",),
     "calibration": ("calibrate",),

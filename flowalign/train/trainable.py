@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError, ConfigError
@@ -99,6 +100,15 @@ def export(policy: nn.Module, kind: str, pipeline: object, component: str, folde
             temporary, **{f"{component}_lora_layers": state, f"{component}_lora_adapter_metadata": config}
         )
         _sort_metadata(temporary / LORA)
+
+
+def write_lora(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """A file as diffusers writes them: `state` with the component in its names, `metadata` likewise, as PEFT's settings."""
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(
+        tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(dict(metadata), indent=2, sort_keys=True)}
+    )
+    _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
