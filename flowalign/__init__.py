@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flowalign import runs
     from flowalign.config import dump as dump_config
     from flowalign.config import load as load_config
+    from flowalign.families.steer import steered, unsteered
     from flowalign.flow.improve import load_flow
     from flowalign.flow.wrap import wrap
     from flowalign.settings import Config
@@ -54,6 +55,8 @@ __all__ = [
     "load_config",
     "load_flow",
     "runs",
+    "steered",
+    "unsteered",
     "wrap",
 ]
 
@@ -62,6 +65,8 @@ _LAZY = {
     "dump_config": ("config", "dump"),
     "load_config": ("config", "load"),
     "load_flow": ("flow.improve", "load_flow"),
+    "steered": ("families.steer", "steered"),
+    "unsteered": ("families.steer", "unsteered"),
     "wrap": ("flow.wrap", "wrap"),
 }
 

@@ -116,9 +116,9 @@ def _sentence(tree: type[Section], error: Any, data: Any, source: str) -> str:
     """One validation error -> one sentence: where, the value, what is allowed."""
     path, value = _locate(data, error["loc"])
     *sections, key = (str(part) for part in error["loc"])
-    fields = getattr(tree.model_fields[sections[0]].annotation, "model_fields", {}) if sections else tree.model_fields
+    fields = _fields(tree.model_fields[sections[0]].annotation) if sections else tree.model_fields
     if error["type"] == "extra_forbidden":
-        moved = [f"{name}.{key}" for name, f in tree.model_fields.items() if key in getattr(f.annotation, "model_fields", {})]
+        moved = [f"{name}.{key}" for name, f in tree.model_fields.items() if key in _fields(f.annotation)]
         hint = f"did you mean {' or '.join(moved)}? " if moved and not sections else ""
         return f"{source}: {path} is not a setting; {hint}{allowed(key, fields)}."
     if error["type"] == "missing" and key in fields:
@@ -128,6 +128,12 @@ def _sentence(tree: type[Section], error: Any, data: Any, source: str) -> str:
     hint = "; put quotes around it" if error["type"] == "string_type" and isinstance(value, int | float) else ""
     what = "a value is missing at its end" if error["type"] == "missing" else _plain(error["msg"])
     return f"{source}: {path} cannot be {_show(value)}: {what}{hint}."
+
+
+def _fields(annotation: Any) -> dict[str, Any]:
+    """The keys of a section, which may be one that can be null; none of anything else."""
+    kinds = [each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")]
+    return dict(kinds[0].model_fields) if kinds else {}
 
 
 def _locate(data: Any, loc: Sequence[int | str]) -> tuple[str, Any]:

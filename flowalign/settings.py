@@ -171,6 +171,25 @@ class Trainable(Section):
     """less memory for more time"""
 
 
+def _different(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError("it names two objectives or more, each once")
+    return names
+
+
+class Steer(Section):
+    """One policy for many trade-offs between objectives, which a user weighs when drawing, see docs/steer.md."""
+
+    objectives: Annotated[tuple[str, ...], AfterValidator(_different)]
+    """names of the objectives, as the column objective_weights of the comparisons has them"""
+    form: Literal["tokens", "prompt"] = "tokens"
+    """how the policy is told their weights: by what a small network adds to the prompt's tokens, or in words before it"""
+    hidden: Positive = 64
+    """tokens: width of the network"""
+    dropout: Fraction = 0.1
+    """probability that a comparison trains without its weights; with the empty prompt it always does"""
+
+
 class Loop(Section):
     """What the training loop needs to know, whatever is trained."""
 
@@ -293,6 +312,8 @@ class Config(Section):
     switches: Switches = Switches()
     trainable: Trainable = Trainable()
     train: Train = Train()
+    steer: Steer | None = None
+    """weights of several objectives as an input of the policy; null has none"""
     guard: Guard = Guard()
     sample: Sample = Sample()
     judges: str | None = None

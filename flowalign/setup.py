@@ -27,13 +27,14 @@ from flowalign.align.fill import fill_banks
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
 from flowalign.align.reference import MOVING, Following, following, with_reference
+from flowalign.align.steer import Steered, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
-from flowalign.data.pairs import PairDataset, PairStream
+from flowalign.data.pairs import PairDataset, PairStream, sequential
 from flowalign.errors import ConfigError
-from flowalign.families.base import Family
+from flowalign.families.base import CONTEXT, Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
 from flowalign.settings import AUTO, Config
@@ -133,6 +134,7 @@ def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, po
         world_size=accelerator.num_processes,
         position=position,
         caption_dropout=config.train.caption_dropout,
+        weights_dropout=config.steer.dropout if config.steer else 0.0,
         cycle=config.reference.bank,
         workers=config.data.workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -228,6 +230,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
+    if config.steer is not None:
+        about["steer"] = config.steer.model_dump(mode="json")
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm
@@ -279,6 +283,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
     policy = of_types(policy, config.switches.annotator_types)
     choose_trainable(config, family, policy)
+    width = next(sequential(train, 1)).conditioning.tensors[CONTEXT].shape[-1]
+    policy = steered_policy(policy, config.steer, width, config.train.seed)
     policy.to(memory_format=layout)
     moving = None
     if config.reference.kind in MOVING:
@@ -291,7 +297,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    step = replace(step, policy=model, types=len(by_type(policy)), reference=None if reference is None else anchor, bank=bank)
+    kinds = {"types": len(by_type(policy)), "steered": isinstance(policy, Steered)}
+    step = replace(step, policy=model, **kinds, reference=None if reference is None else anchor, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(
         config,

@@ -66,6 +66,8 @@ def load_data(
                 on_bad_row=data.on_bad_row,
                 rewards=data.rewards,
                 attached=attached,
+                objectives=config.steer.objectives if config.steer else (),
+                in_words=config.steer is not None and config.steer.form == "prompt",
                 ranks=ranks,
                 progress=progress and ranks.main,
             )
@@ -107,4 +109,5 @@ def _index(config: Config, cache: LatentCache) -> Path | None:
         return None
     passing = {"train", "validation", "cache", "workers"}  # what the stamps say, and what changes nothing
     how = data.model_dump(mode="json", exclude=passing) | {"attached": _attached(config)}
+    how |= {"steer": config.steer.model_dump(mode="json", include={"objectives", "form"}) if config.steer else None}
     return index_path(cache, {"stamps": stamps, "seed": config.train.seed, **how})

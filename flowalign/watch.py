@@ -14,11 +14,13 @@ from tqdm import tqdm
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.mixture import MixtureStep, by_type
 from flowalign.align.reference import MOVING
+from flowalign.align.steer import by_part, even_and_corners
 from flowalign.align.step import PreferenceStep
 from flowalign.config import dump
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.evaluate.guard import ACCURACY, MARGIN, TIMES, Guard, guard_report, sentence
 from flowalign.families.sampling import SamplerSettings, write_images
+from flowalign.families.steer import STEER, Steering, write_steering
 from flowalign.files import write_text
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
@@ -121,7 +123,13 @@ def _first_weights(ready: Prepared) -> Mapping[str, torch.Tensor] | None:
     if config.trainable.kind == "lora":
         return {name: parameter.detach().clone() for name, parameter in trained(ready.policy).items()}
     still = config.reference.bank is None and config.reference.kind not in MOVING
-    return dict(ready.family.denoiser.named_parameters()) if still else None
+    if not still:
+        return None
+    frozen, (_, shift) = dict(ready.family.denoiser.named_parameters()), by_part(ready.policy)
+    if shift is None:
+        return frozen
+    own = {f"shift.{name}": parameter.detach().clone() for name, parameter in shift.named_parameters()}
+    return own | {f"denoiser.{name}": parameter for name, parameter in frozen.items()}
 
 
 def ended(config: Config, state: State, run: RunDir) -> str:
@@ -151,11 +159,20 @@ def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str
         steps=config.sample.steps, guidance=config.sample.guidance, precision=config.train.precision, height=side, width=side
     )
     seeds = [config.sample.seed + index for index in range(len(prompts))]
+    weights = None
+    if config.steer is not None:  # each prompt under several weights, from one seed
+        under = even_and_corners(config.steer)
+        few = max(1, len(prompts) // len(under))
+        seeds = [seed for seed in seeds[:few] for _ in under]
+        prompts, weights = [prompt for prompt in prompts[:few] for _ in under], under * few
     size = config.sample.batch_size
     with ready.whole() as denoiser:
         for part, policy in [] if denoiser is None else parts(run, denoiser):
-            folder, pipeline = part.samples / f"step-{step:08d}", ready.family.pipeline(policy)
-            write_images(folder, pipeline, prompts, seeds, settings, batch_size=size, progress=progress)
+            learned, shift = by_part(policy)
+            folder, pipeline = part.samples / f"step-{step:08d}", ready.family.pipeline(learned)
+            if config.steer is not None:
+                Steering(config.steer, shift).attach(pipeline)
+            write_images(folder, pipeline, prompts, seeds, settings, weights=weights, batch_size=size, progress=progress)
 
 
 def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
@@ -171,7 +188,9 @@ def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Modul
     family, written = ready.family, []
     for part, each in parts(run, policy):
         write_text(part.config, dump(config))
-        export(each, config.trainable.kind, family.pipeline(each), family.component, part.weights)
+        learned, shift = by_part(each)
+        beside = {STEER: write_steering(config.steer, shift)} if config.steer is not None else {}
+        export(learned, config.trainable.kind, family.pipeline(learned), family.component, part.weights, beside)
         written.append(part.path)
     if ready.annotators is not None:
         run.write_json("annotators.json", ready.annotators.table())

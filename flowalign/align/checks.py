@@ -136,6 +136,28 @@ def _merged_reference(facts: Facts) -> Iterator[str]:
         )
 
 
+def _steer(facts: Facts) -> Iterator[str]:
+    config, steer = facts.config, facts.config.steer
+    if steer is None:
+        return
+    said = f"steer makes one policy of {len(steer.objectives)} objectives"
+    reference, types = config.reference.kind, config.switches.annotator_types
+    refused = {
+        f"reference.kind {reference!r} follows it, and it is held against a model that is told no weights": reference in MOVING,
+        f"switches.annotator_types {types} trains several": types > 1,
+        "train.compile compiles a denoiser that is called by itself": config.train.compile and steer.form == "tokens",
+    }
+    for why, holds in refused.items():
+        if holds:
+            yield f"{said}, but {why}; change it, or set steer=null."
+    bare = sum(int(np.isnan(each.objective_weights).any(1).sum()) for each in facts.comparisons)
+    if bare:
+        yield (
+            f"{said}, and {bare} comparisons have no objective_weights to say what they hold under; give every row some, as "
+            "flowalign select --by steered does, or set steer=null."
+        )
+
+
 def _annotators(facts: Facts) -> Iterator[str]:
     config, train = facts.config, facts.comparisons[0]
     if config.switches.annotator_types == 1:
@@ -242,6 +264,7 @@ RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     _bare_rows,
     _moving_reference,
     _merged_reference,
+    _steer,
     _annotators,
     _moving_beta,
     _shape,

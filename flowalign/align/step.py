@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.inversion import inverted
 from flowalign.align.merged import Merged
+from flowalign.align.steer import asked
 from flowalign.align.switches import by_gap, reads, safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -55,6 +57,8 @@ class PreferenceStep:
     """Policies in `policy`, see `mixture.Types`; a batch then holds the same comparisons once for each of them."""
     adaptive: Carried | None = None
     """What moves β; None where it stays what the knobs say."""
+    steered: bool = False
+    """`policy` is a `steer.Steered`."""
     chunk: int | None = None
     """Pictures that go through a denoiser together; None sends all of them."""
     importance: Importance | None = None
@@ -102,7 +106,10 @@ class PreferenceStep:
 
     def told(self, batch: Batch) -> Conditioning:
         """What the denoiser is told about each of the B·N pictures."""
-        conditioning = batch.conditioning.to(self.device).repeat(batch.mean.shape[1])
+        return self._of_pictures(batch, batch.conditioning)
+
+    def _of_pictures(self, batch: Batch, conditioning: Conditioning) -> Conditioning:
+        conditioning = conditioning.to(self.device).repeat(batch.mean.shape[1])
         return conditioning.joined(GEOMETRY, self._ship(batch.geometry).flatten(0, 1))
 
     def terms(self, batch: Batch, rng: Keyed) -> Terms:
@@ -111,11 +118,8 @@ class PreferenceStep:
         batch, root = self.with_noise(batch, rng), self._root(batch)
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
-        if self.types == 1:
-            prediction = self._predict(self.policy, x_t, t, conditioning)
-        else:
-            with self.autocast():
-                prediction = self.policy(self.family, x_t, t, conditioning).float()
+        told = asked(batch, conditioning, partial(self._of_pictures, batch))
+        prediction = self._predict(self.policy, x_t, t, told)
         residual = _weighed(prediction - target, root)
         error = _mean_square(residual).view(count, pictures)
         dot = None
@@ -180,15 +184,20 @@ class PreferenceStep:
         return (errors, anchor) if self.types == 1 else (errors.repeat(self.types), torch.cat([anchor] * self.types))
 
     def _predict(self, denoiser: nn.Module, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """`[B·N, C, h, w]` float32. In chunks no activations are kept: the backward pass runs each chunk again, one at a time.
+        """`[B·N, C, h, w]` float32, of a denoiser or of a policy that asks its own.
+
+        In chunks no activations are kept: the backward pass runs each chunk again, one at a time.
 
         An objective of several pictures is thus differentiated with respect to all their errors first, and its gradient then
         goes into the weights chunk by chunk.
         """
 
+        asks = denoiser is self.policy and (self.types > 1 or self.steered)
+
         def forward(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
             with self.autocast():
-                return self.family.predict(denoiser, x_t, t, conditioning).float()
+                given = (x_t, t, conditioning)
+                return (denoiser(self.family, *given) if asks else self.family.predict(denoiser, *given)).float()
 
         if self.chunk is None:
             return forward(x_t, t, conditioning)
@@ -285,7 +294,8 @@ class PreferenceStep:
         Returns the largest |βΔ|. Raises SelfTestError: training from a wrong start would look like learning.
         """
         with torch.no_grad():
-            terms = self.terms(batch, rng)
+            # Where the policy is told something in words that the reference is not, they differ from the start.
+            terms = self.terms(replace(batch, policy_conditioning=None), rng)
         if terms.reference_error is None:
             return 0.0
         margin = (self.knobs.get("beta", 1.0) * terms.log_ratio).abs().max().item()

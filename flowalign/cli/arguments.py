@@ -82,6 +82,14 @@ def add_sampling(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
 
 
+def weights(text: str) -> dict[str, float]:
+    """NAME=W,NAME=W: a weight of 0 or more for each objective."""
+    pairs = [each.partition("=") for each in text.split(",")]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=W,NAME=W, such as clip=0.7,style=0.3")
+    return {name.strip(): scale(value) for name, _, value in pairs}
+
+
 def natural(text: str) -> int:
     """A whole number of 0 or more."""
     value = int(text) if text.strip().isdecimal() else -1

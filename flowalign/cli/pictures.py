@@ -11,6 +11,7 @@ from flowalign.cli.arguments import (
     add_sampling,
     read_prompts,
     sampling,
+    weights,
 )
 
 
@@ -18,6 +19,7 @@ def add(command: Command) -> None:
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
     generate.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder")
     add_sampling(generate, Path("runs/generate"))
+    generate.add_argument("--weights", type=weights, metavar="NAME=W,...", help="of a steered run's objectives, in any scale")
     generate.add_argument("--flow", metavar="RUN", help="move what is drawn along the flow of this run folder")
 
     evaluate = command("evaluate", _evaluate, "Compare two models picture by picture: win rates with intervals.")
@@ -37,7 +39,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
     drawing = sampling(options)
-    return runs.generate(options.checkpoint, read_prompts(options), out=options.out, flow=options.flow, **drawing)
+    given = {"out": options.out, "weights": options.weights, "flow": options.flow}
+    return runs.generate(options.checkpoint, read_prompts(options), **given, **drawing)
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from flowalign.cli.arguments import PRECISIONS, Command, natural, positive, scal
 METHODS = ("winrate", "temperature", "platt", "isotonic")
 TIES = ("half", "rao_kupper", "davidson")
 WAYS = ("mean", "sum", "min", "majority", "fused")
-PICKERS = ("best_worst", "margin", "frs", "intersection", "majority", "random")
+PICKERS = ("best_worst", "margin", "frs", "intersection", "majority", "random", "steered")
 ORDERS = ("explicit", "implicit", "potential")
 FORMATS = ("auto", "folder", "jsonl", "parquet", "webdataset", "datasets")
 
@@ -44,7 +44,10 @@ def add(command: Command) -> None:
     select.add_argument("--weights", choices=("even", "histogram"), default="even", help="%(choices)s (%(default)s)")
     select.add_argument("--ratio", type=scale, metavar="SHARE", help="of the comparisons, the most telling (0.4 where ordered)")
     select.add_argument("--potential-weight", type=scale, default=1.0, metavar="W", help="w of the potential (%(default)s)")
-    select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random (%(default)s)")
+    select.add_argument("--objectives", nargs="+", default=[], metavar="REWARD", help="steered: rewards to weigh (all)")
+    select.add_argument("--alpha", type=scale, default=1.0, help="steered: weights are Dirichlet of so much each (%(default)s)")
+    select.add_argument("--draws", type=positive, default=4, metavar="N", help="steered: weights a prompt (%(default)s)")
+    select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random and steered (%(default)s)")
 
     margins = command("margins", _margins, "Add to comparisons by how much a model prefers the chosen picture already.")
     margins.add_argument("checkpoint", metavar="MODEL", help="a checkpoint, or a run folder")
@@ -77,8 +80,9 @@ def _calibrate(options: argparse.Namespace) -> dict[str, Any]:
 def _select(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    names = ("by", "out", "score", "most", "least", "ties", "tie_width", "weights", "ratio", "potential_weight", "seed")
-    return runs.select(options.source, **{name: getattr(options, name) for name in names})
+    names = ("by", "out", "score", "most", "least", "ties", "tie_width", "weights", "ratio", "potential_weight")
+    own = ("objectives", "alpha", "draws", "seed")
+    return runs.select(options.source, **{name: getattr(options, name) for name in (*names, *own)})
 
 
 def _margins(options: argparse.Namespace) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def audit(comparisons: Sequence[Comparison], indices: Iterable[int] | None = Non
         for role, part in ((CHOSEN, chosen), (REJECTED, rejected)):
             for name in part:
                 roles[key63(name)] = roles.get(key63(name), 0) | (0 if comparison.is_tie else role)
-        pair = key63(comparison.prompt, *chosen, "over", *rejected)
-        reverse = key63(comparison.prompt, *rejected, "over", *chosen)
+        told = [f"{name}={value}" for name, value in sorted((comparison.objective_weights or {}).items())]
+        pair = key63(comparison.prompt, *told, *chosen, "over", *rejected)
+        reverse = key63(comparison.prompt, *told, *rejected, "over", *chosen)
         duplicates += pair in seen
         if reverse in seen and reverse != pair and not comparison.is_tie:
             contradictions.add(min(pair, reverse))

@@ -80,6 +80,10 @@ class Batch:
     """`[B, N, C, H, W]` float32, the noise that each picture gets; None where it is drawn."""
     annotators: tuple[int, ...] = ()
     """`records.key63` of who judged each comparison; -1 where the data do not say."""
+    objective_weights: Tensor | None = None
+    """`[B, K]` float32 weights of the run's objectives, of sum 1; zeros where the policy is told none."""
+    policy_conditioning: Conditioning | None = None
+    """`[B, ...]`, what the policy is told where that is something else than `conditioning`, which the reference is told."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,12 +102,15 @@ class Batch:
             self.positions,
             *(None if each is None else each.pin_memory() for each in (self.scores, self.grades, self.mask, self.noise)),
             self.annotators,
+            None if self.objective_weights is None else self.objective_weights.pin_memory(),
+            None if self.policy_conditioning is None else self.policy_conditioning.pin(),
         )
 
     def tiled(self, times: int) -> Batch:
         """All comparisons, so many times one after another: `[B, ...] -> [times*B, ...]`."""
         places = torch.arange(len(self)).repeat(times)
         names = ("mean", "std", "geometry", "conditioning", "preference", "weight", "scores", "grades", "mask", "noise")
+        names += ("objective_weights", "policy_conditioning")
         tensors = {name: value[places] for name in names if (value := getattr(self, name)) is not None}
         numbers = {name: getattr(self, name) * times for name in ("ids", "draws", "positions", "annotators")}
         return replace(self, **tensors, **numbers)

@@ -35,6 +35,10 @@ class Cached:
     """Who judged, each once; "" stands for rows that do not say."""
     annotator: np.ndarray
     """int64 `[n]`: place of the comparison's annotator in `annotators`."""
+    objective_weights: np.ndarray
+    """float32 `[n, K]`: weights of the run's objectives, of sum 1; NaN where a row has none. K = 0 where none are read."""
+    told: np.ndarray
+    """int64 `[n]`: place in `prompts` of what the policy is told, where the weights are put in words; else as `prompt`."""
     num_chosen: int
     flips: tuple[bool, ...]
     """Which variants of each picture are cached: upright (False), mirrored (True)."""

@@ -264,7 +264,9 @@ def optional(row: Row, fields: dict[str, Any]) -> dict[str, Any]:
                 value = {
                     reward: tuple(number(v, name) for v in values) for reward, values in value.items() if values is not None
                 }
-            elif name in ("grades", "objective_weights"):
+            elif name == "objective_weights":
+                value = {objective: number(v, name) for objective, v in value.items() if v is not None}
+            elif name == "grades":
                 value = tuple(number(v, name) for v in value)
             elif name in ("noise", "mask"):
                 value = row.images(name) * (1 if isinstance(value, list | tuple) else count)

@@ -24,6 +24,7 @@ from flowalign.data.forecast import Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
 from flowalign.data.records import Comparison, key63
+from flowalign.data.weights import in_order, wording
 from flowalign.errors import DataError, NonFiniteError
 
 
@@ -82,13 +83,16 @@ class _Ready:
     comparison: Comparison
     digests: tuple[bytes, ...]
     misses: dict[Path, Fitted]
+    weights: tuple[float, ...] | None = None
+    """Of the run's objectives."""
 
 
 BLOCK = 64
 """Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
 ELSEWHERE = bytes(32)
 """Stands for the sha256 of a picture that another process reads."""
-ROW = [("id", "i8"), ("prompt", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?"), ("annotator", "i8")]
+ROW = [("id", "i8"), ("prompt", "i8"), ("told", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?")]
+ROW += [("annotator", "i8")]
 
 
 def fill(
@@ -103,6 +107,8 @@ def fill(
     workers: int = 4,
     rewards: Mapping[str, float] | None = None,
     attached: Collection[str] = (),
+    objectives: Sequence[str] = (),
+    in_words: bool = False,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
@@ -112,7 +118,7 @@ def fill(
     uses; equal picture files and equal prompts are encoded once. on_bad_row: "skip" lists rows whose picture is missing,
     damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError. rewards: which scores
     count, and with what weight; None or empty takes the only one there is. attached: which of "mask" and "noise" are read and
-    cached with the latents.
+    cached with the latents. objectives: whose weights are read; in_words: prompts with these in them are encoded too.
 
     Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
     names or by the row that holds them, and all get the same Cached. They must see one cache folder.
@@ -140,9 +146,11 @@ def fill(
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
     rows, digests = np.zeros(len(indices), ROW), np.zeros((len(indices), 0, 32), np.uint8)
     worth = np.zeros((2, len(indices), 0), np.float32)
+    weights = np.full((len(indices), len(objectives)), np.nan, np.float32)
     shape: tuple[int, int] | None = None
     inside = True
-    prepare = partial(_prepare, cache, comparisons, flips, ranks, _shape(cache, family) if attached else (), attached)
+    kept = _shape(cache, family) if attached else ()
+    prepare = partial(_prepare, cache, comparisons, flips, ranks, kept, attached, objectives)
 
     if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
         texts.add(path, "")
@@ -165,11 +173,17 @@ def fill(
                 raise DataError(f"{here}, but earlier rows have {shape[0]} and {shape[1]}; train on one kind at a time")
             for path, fitted in ready.misses.items():
                 images.add(path, fitted)
-            prompt = prompts.setdefault(comparison.prompt, len(prompts))
-            if prompt == len(prompts) - 1 and key63(comparison.prompt) % ranks.count == ranks.index:
-                texts.add(cache.prompt_path(comparison.prompt), comparison.prompt)
+            said = [comparison.prompt]
+            if ready.weights is not None:
+                weights[step] = ready.weights
+                said += [wording(comparison.prompt, objectives, ready.weights)] if in_words else []
+            for text in said:
+                if text not in prompts and key63(text) % ranks.count == ranks.index:
+                    texts.add(cache.prompt_path(text), text)
+                prompts.setdefault(text, len(prompts))
             masked, judge = comparison.mask is not None, judges.setdefault(comparison.annotator or "", len(judges))
-            rows[step] = comparison.id, prompt, comparison.preference, comparison.weight, masked, judge
+            places = prompts[said[0]], prompts[said[-1]]
+            rows[step] = comparison.id, *places, comparison.preference, comparison.weight, masked, judge
             worth[:, step] = _score(comparison, rewards or {}), comparison.grades or np.full(shape[0], np.nan)
             digests[step] = np.frombuffer(b"".join(ready.digests), np.uint8).reshape(-1, 32)
         images.flush()
@@ -183,13 +197,13 @@ def fill(
         first = f"; the first reason: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(indices)} comparisons can be used{first}")
     rows = rows[good]
-    texts, prompt = _in_order(prompts, rows["prompt"])
+    texts, places = _in_order(prompts, np.concatenate([rows["prompt"], rows["told"]]))
     names, annotator = _in_order(judges, rows["annotator"])
     return Cached(
         indices=np.asarray(indices, dtype=np.int64)[good],
         pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
         prompts=texts,
-        prompt=prompt,
+        prompt=places[: len(rows)],
         ids=rows["id"].copy(),
         preference=rows["preference"].copy(),
         weight=rows["weight"].copy(),
@@ -197,6 +211,8 @@ def fill(
         grades=np.resize(worth[1], (len(indices), shape[0]))[good],
         annotators=names,
         annotator=annotator,
+        objective_weights=weights[good],
+        told=places[len(rows) :],
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
@@ -293,10 +309,13 @@ def _prepare(
     ranks: Ranks,
     shape: tuple[int, ...],
     wanted: Collection[str],
+    objectives: Sequence[str],
     place: int,
 ) -> _Ready | DataError:
     try:
         comparison = comparisons[place]
+        told = comparison.objective_weights
+        weights = None if told is None or not objectives else in_order(told, objectives)
     except DataError as error:
         return error
     digests: list[bytes] = []
@@ -320,4 +339,4 @@ def _prepare(
         except DataError as error:
             return DataError(f"{comparison.source or place}, picture {image.name}: {error}")
         digests.append(digest)
-    return _Ready(comparison, tuple(digests), misses)
+    return _Ready(comparison, tuple(digests), misses, weights)

@@ -24,7 +24,19 @@ from flowalign.data.cached import Cached
 from flowalign.data.readers import BadRow
 from flowalign.files import atomic
 
-ARRAYS = ("indices", "pictures", "prompt", "ids", "preference", "weight", "scores", "grades", "annotator")
+ARRAYS = (
+    "indices",
+    "pictures",
+    "prompt",
+    "ids",
+    "preference",
+    "weight",
+    "scores",
+    "grades",
+    "annotator",
+    "objective_weights",
+    "told",
+)
 TEXTS = ("prompts", "annotators")
 
 

@@ -32,7 +32,9 @@ class Item(NamedTuple):
     flip: bool
     """Mirror all pictures of the comparison."""
     drop: bool
-    """Give the empty prompt instead of the comparison's own."""
+    """Give the empty prompt instead of the comparison's own, and no objective weights."""
+    bare: bool = False
+    """Give no objective weights."""
 
 
 class PairDataset(Dataset[Batch]):
@@ -52,6 +54,8 @@ class PairDataset(Dataset[Batch]):
         self._scores, self._grades = torch.from_numpy(cached.scores), torch.from_numpy(cached.grades)
         names = np.array([-1 if name == "" else key63(name) for name in cached.annotators])
         self._annotators = names[cached.annotator].tolist()
+        self._weights = torch.from_numpy(cached.objective_weights)
+        self._in_words = bool((cached.told != cached.prompt).any())
         self._held: dict[str, Tensor] | None = None  # of each variant and picture, by the names of Batch
         self._conditioning: Conditioning | None = None
         entry, prompt = self._latents(0, cached.flips[0]), cache.read_prompt(cache.prompt_path(""))
@@ -80,18 +84,19 @@ class PairDataset(Dataset[Batch]):
         index = torch.tensor([item.place for item in items])
         pictures, flips = self._picture[index], [item.flip for item in items]
         prompts = [len(self._prompts) - 1 if item.drop else int(self.cached.prompt[item.place]) for item in items]
-        if self._held is not None and self._conditioning is not None:
+        bare = torch.tensor([item.drop or item.bare for item in items])
+        if self._held is not None:
             variants = torch.tensor([self.cached.flips.index(flip) for flip in flips]).unsqueeze(1)
             parts = {name: part[variants, pictures] for name, part in self._held.items()}
-            conditioning = self._conditioning[torch.tensor(prompts)]
         else:
             rows = [self._latents(int(each), flip) for row, flip in zip(pictures, flips, strict=True) for each in row]
             stacks = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
             parts = {name: stack.view(*pictures.shape, *stack.shape[1:]) for name, stack in stacks.items()}
-            conditioning = Conditioning.stack([self._prompt(prompt) for prompt in prompts])
+        told = [int(self.cached.told[item.place]) for item in items]
+        told = [plain if none else each for plain, each, none in zip(prompts, told, bare, strict=True)]
         return Batch(
             **parts,
-            conditioning=conditioning,
+            conditioning=self._conditionings(prompts),
             preference=self._preference[index],
             weight=self._weight[index],
             ids=tuple(int(self.cached.ids[item.place]) for item in items),
@@ -100,7 +105,14 @@ class PairDataset(Dataset[Batch]):
             scores=self._scores[index],
             grades=self._grades[index],
             annotators=tuple(self._annotators[item.place] for item in items),
+            objective_weights=self._weights[index].masked_fill(bare[:, None], 0) if self._weights.shape[1] else None,
+            policy_conditioning=self._conditionings(told) if self._in_words else None,
         )
+
+    def _conditionings(self, prompts: Sequence[int]) -> Conditioning:
+        if self._conditioning is not None:
+            return self._conditioning[torch.tensor(prompts)]
+        return Conditioning.stack([self._prompt(prompt) for prompt in prompts])
 
     def _latents(self, picture: int, flip: bool) -> dict[str, Tensor]:
         """By the names of Batch; a picture without a mask counts everywhere where others have one."""
@@ -144,12 +156,14 @@ class PairStream:
         world_size: int = 1,
         position: int = 0,
         caption_dropout: float = 0.0,
+        weights_dropout: float = 0.0,
         cycle: int | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         """batch_size: comparisons per batch over all ranks; rank r gets the r-th of world_size equal parts.
-        position: where to start, in comparisons over all ranks. caption_dropout: probability in [0, 1] of the empty prompt.
+        position: where to start, in comparisons over all ranks. caption_dropout: probability in [0, 1] of the empty prompt;
+        weights_dropout: of no objective weights, which the empty prompt never has.
         Raises ConfigError if the ranks cannot share a batch evenly, or for a probability or position that is none.
         """
         if batch_size < 1 or batch_size % world_size:
@@ -161,7 +175,7 @@ class PairStream:
         if position < 0:
             raise ConfigError(f"position is {position}; a stream starts at 0 or later")
         self.dataset, self.batch_size, self.position = dataset, batch_size, position
-        self._keyed, self._dropout = Keyed(seed), caption_dropout
+        self._keyed, self._dropout, self._weights_dropout = Keyed(seed), caption_dropout, weights_dropout
         self._rank, self._world_size, self._workers, self._pin = rank, world_size, workers, pin_memory
         self._cycle = cycle
 
@@ -197,7 +211,8 @@ class PairStream:
         flips = self.dataset.cached.flips
         flip = flips[0] if len(flips) == 1 else float(self._keyed.uniform("flip", *key)) < 0.5
         drop = self._dropout > 0 and float(self._keyed.uniform("caption-dropout", *key)) < self._dropout
-        return Item(index, draw, index * self._cycle + draw if self._cycle else position, flip, drop)
+        bare = self._weights_dropout > 0 and float(self._keyed.uniform("weights-dropout", *key)) < self._weights_dropout
+        return Item(index, draw, index * self._cycle + draw if self._cycle else position, flip, drop, bare)
 
 
 class _Orders:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flowalign.data.remote import Place, Remote
+from flowalign.data.weights import check_weights
 from flowalign.errors import DataError
 
 TIE = 0.5
@@ -139,14 +140,14 @@ class Comparison:
     """Files with the noise that each picture was drawn from, see `attached.Attached`."""
     mask: tuple[ImageRef, ...] | None = None
     """Where each picture counts, as a picture of the same shape: white counts, black does not."""
-    objective_weights: tuple[float, ...] | None = None
-    """Weights of several objectives under which this order holds."""
+    objective_weights: Mapping[str, float] | None = None
+    """Objective name -> its weight, under which this order holds: not negative, with a sum of 1."""
     annotator: str | None = None
     """Who judged."""
     source: str = field(default="", compare=False)
     """Where the comparison was read, as in "votes.jsonl:17"."""
     id: int = field(init=False)
-    """63-bit key of the comparison's randomness, from the prompt and the names of pictures and masks."""
+    """63-bit key of the comparison's randomness, from the prompt, the names of pictures and masks, and objective weights."""
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -173,7 +174,11 @@ class Comparison:
         if self.grades is not None and any(a < b for a, b in zip(self.grades, self.grades[1:], strict=False)):
             raise DataError(f"grades are {list(self.grades)}; pictures must come best first, so grades must not increase")
         masks = ("mask", *(mask.name for mask in self.mask)) if self.mask is not None else ()
-        object.__setattr__(self, "id", key63(self.prompt, *(image.name for image in self.images), *masks))
+        told: tuple[str, ...] = ()
+        if self.objective_weights is not None:
+            check_weights(self.objective_weights)
+            told = ("weights", *(f"{name}={value:.6f}" for name, value in sorted(self.objective_weights.items())))
+        object.__setattr__(self, "id", key63(self.prompt, *(image.name for image in self.images), *masks, *told))
 
     @property
     def in_row(self) -> bool:

@@ -54,7 +54,7 @@ def row_of(comparison: Comparison) -> dict[str, Any]:
     for name in ("margin", "grades", "generator", "seed", "objective_weights", "annotator"):
         value = getattr(comparison, name)
         if value is not None:
-            row[name] = list(value) if isinstance(value, tuple) else value
+            row[name] = list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
     return row
 
 

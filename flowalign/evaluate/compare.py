@@ -176,13 +176,26 @@ class Generated:
     settings: dict[str, Any]
     """sampler, steps, guidance, height, width."""
     generator: str
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of the objectives that it was drawn under, by name."""
+
+    @property
+    def key(self) -> tuple[str, int, tuple[tuple[str, float], ...]]:
+        return self.prompt, self.seed, self.weights
+
+    @property
+    def caption(self) -> str:
+        """The prompt, and what else tells it from others."""
+        said = ", ".join(f"{name} {value:.2g}" for name, value in self.weights)
+        return f"{self.prompt} ({said})" if said else self.prompt
 
 
 def read_generation(folder: str | Path) -> list[Generated]:
     """Read a folder of pictures that has a `metadata.jsonl`, one line per picture.
 
-    Each line holds file_name, prompt, seed, sampler, steps, guidance, height, width and generator; other keys are
-    ignored. Raises DataError for a missing or unreadable file, a missing key, or a prompt and seed that occur twice.
+    Each line holds file_name, prompt, seed, sampler, steps, guidance, height, width and generator, and weights if there
+    were any; other keys are ignored. Raises DataError for a missing or unreadable file, a missing key, or a prompt and seed
+    that occur twice under the same weights.
     """
     folder = Path(folder)
     index = folder / "metadata.jsonl"
@@ -190,16 +203,16 @@ def read_generation(folder: str | Path) -> list[Generated]:
         lines = index.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"{index} cannot be read ({error.strerror}); give a folder that `flowalign generate` wrote.") from error
-    pictures: dict[tuple[str, int], Generated] = {}
+    pictures: dict[object, Generated] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         picture = _picture(line, folder, f"{index} line {number}")
-        if (picture.prompt, picture.seed) in pictures:
+        if picture.key in pictures:
             raise DataError(
                 f"{index} line {number} repeats prompt {picture.prompt!r} with seed {picture.seed}; keep one of them."
             )
-        pictures[picture.prompt, picture.seed] = picture
+        pictures[picture.key] = picture
     if not pictures:
         raise DataError(f"{index} lists no picture; generate at least one.")
     return list(pictures.values())
@@ -210,10 +223,11 @@ def _picture(line: str, folder: Path, where: str) -> Generated:
         row = json.loads(line)
         path = folder / row["file_name"]
         settings = {key: row[key] for key in SAMPLER_KEYS}
-        picture = Generated(path, row["file_name"], row["prompt"], row["seed"], settings, str(row["generator"]))
+        under = tuple(sorted(row.get("weights", {}).items()))
+        picture = Generated(path, row["file_name"], row["prompt"], row["seed"], settings, str(row["generator"]), under)
     except KeyError as error:
         raise DataError(f"{where} has no key {error.args[0]!r}; every line needs it.") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{where} is not a JSON object with a file_name; write one object per line.") from error
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{where} names {row['file_name']!r}, which lies outside its folder; keep pictures inside it.")
@@ -223,18 +237,23 @@ def _picture(line: str, folder: Path, where: str) -> Generated:
 
 
 def match(base: Sequence[Generated], aligned: Sequence[Generated]) -> list[tuple[Generated, Generated]]:
-    """Pair pictures of the same prompt and seed, in the order of `base`.
+    """Pair pictures of the same prompt and seed, in the order of `base`, and of the same weights where a side has several.
 
     Raises DataError if one side lacks a prompt and seed, or if sampler settings differ anywhere.
     """
-    others = {(picture.prompt, picture.seed): picture for picture in aligned}
-    known = {(picture.prompt, picture.seed) for picture in base}
+    several = any(len({each.key[:2] for each in side}) < len(side) for side in (base, aligned))
+
+    def named(picture: Generated) -> tuple[str, int, tuple[tuple[str, float], ...]]:
+        return picture.key if several else (picture.prompt, picture.seed, ())
+
+    others = {named(picture): picture for picture in aligned}
+    known = {named(picture) for picture in base}
     for keys, side in ((known - others.keys(), "aligned"), (others.keys() - known, "base")):
         if keys:
-            prompt, seed = min(keys)
+            prompt, seed, _ = min(keys)
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise DataError(f"the {side} folder has no picture of prompt {prompt!r} with seed {seed}{more}; draw both alike.")
-    pairs = [(picture, others[picture.prompt, picture.seed]) for picture in base]
+    pairs = [(picture, others[named(picture)]) for picture in base]
     for left, right in pairs:
         for key in SAMPLER_KEYS:
             if left.settings[key] != right.settings[key]:

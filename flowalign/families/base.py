@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from flowalign.data.batch import Conditioning
 
+CONTEXT = "prompt_embeds"
+"""Name in a Conditioning, of every family, of the prompt's tokens `[B, L, D]`."""
+
 
 class Posterior(NamedTuple):
     """A picture's latent distribution in the denoiser's scale: mean and standard deviation, each `[B, C, h, w]`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from flowalign import plugins
 from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import digest, family_of
+from flowalign.families.steer import Rows, Steering, rows_for, steering_of
 from flowalign.files import atomic, write_text
 from flowalign.rng import starting_noise
 
@@ -81,10 +82,11 @@ def _family(pipeline: Any) -> type[Family]:
 
 
 def generator_id(pipeline: Any) -> str:
-    """What drew a picture: 12 hex digits over all weights, adapters, tokenizers and the scheduler's settings."""
+    """What drew a picture: 12 hex digits over all weights, adapters, tokenizers, what steers it, the scheduler's settings."""
     parts = [part for _, part in sorted(pipeline.components.items()) if part is not None]
     return digest(
-        *(part if isinstance(part, nn.Module) or hasattr(part, "backend_tokenizer") else dict(part.config) for part in parts)
+        *(part if isinstance(part, nn.Module) or hasattr(part, "backend_tokenizer") else dict(part.config) for part in parts),
+        *(() if (steering := steering_of(pipeline)) is None else (steering.fingerprint,)),
     )[:12]
 
 
@@ -94,6 +96,7 @@ def sample(
     seeds: Sequence[int],
     settings: SamplerSettings,
     *,
+    weights: Sequence[Mapping[str, float] | None] | None = None,
     batch_size: int = 4,
     progress: bool = True,
 ) -> Iterator[tuple[int, Image.Image]]:
@@ -101,13 +104,15 @@ def sample(
 
     A picture starts from float32 noise made on the CPU by a generator of its own, which a stochastic sampler goes on
     with: it is the picture that the pipeline draws alone with `generator=torch.Generator().manual_seed(seed)`. The
-    pipeline's scheduler is put back at the end. Raises ConfigError and DataError.
+    pipeline's scheduler is put back at the end. weights: of objectives, for each picture, where the pipeline is steered; None
+    draws it without, and without any list all are drawn as the pipeline is. Raises ConfigError and DataError.
     """
     _check_lengths(prompts, seeds)
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.")
     height, width = picture_size(pipeline, settings)
     family = _family(pipeline)
+    steering, rows = rows_for(pipeline, weights, len(prompts))
     canvas, denoiser = family.canvas(pipeline), getattr(pipeline, family.component)
     wanted, weights = PRECISIONS[settings.precision], next(denoiser.parameters()).dtype
     if weights not in (wanted, torch.float32):
@@ -124,8 +129,9 @@ def sample(
             for start in range(0, len(prompts), batch_size):
                 chosen = range(start, min(start + batch_size, len(prompts)))
                 starts, generators = zip(*(starting_noise(seeds[index], shape) for index in chosen), strict=True)
-                noise = torch.stack(starts)
-                with torch.no_grad(), torch.autocast(device.type, wanted) if weights != wanted else nullcontext():
+                noise, told = torch.stack(starts), rows and tuple(rows[index] for index in chosen)
+                under = nullcontext() if steering is None else steering.under(told)
+                with under, torch.no_grad(), torch.autocast(device.type, wanted) if weights != wanted else nullcontext():
                     pictures = pipeline(
                         [prompts[index] for index in chosen],
                         height=height,
@@ -170,22 +176,25 @@ def write_images(
     seeds: Sequence[int],
     settings: SamplerSettings,
     *,
+    weights: Sequence[Mapping[str, float] | None] | None = None,
     generator: str | None = None,
     batch_size: int = 4,
     progress: bool = True,
 ) -> list[Path]:
     """Draw into `folder` as `INDEX-SEED.png` with a `metadata.jsonl` beside, as `datasets`' image folders have it.
 
-    `generator` names what draws; unless given it is `generator_id(pipeline)`. A picture whose entry in `metadata.jsonl`
-    is what would be written again is left alone, so a killed call goes on where it was. Returns the paths in order.
+    `generator` names what draws; unless given it is `generator_id(pipeline)`. weights: as of `sample`; an entry holds those of
+    its picture. A picture whose entry in `metadata.jsonl` is what would be written again is left alone, so a
+    killed call goes on where it was. Returns the paths in order.
     Raises ConfigError and DataError.
     """
     _check_lengths(prompts, seeds)
     folder = Path(folder)
     height, width = picture_size(pipeline, settings)
     drawn = asdict(settings) | {"height": height, "width": width, "generator": generator or generator_id(pipeline)}
+    steering, rows = rows_for(pipeline, weights, len(prompts))
     wanted = [
-        {"file_name": f"{index:05d}-{seed}.png", "prompt": prompt, "seed": seed} | drawn
+        {"file_name": f"{index:05d}-{seed}.png", "prompt": prompt, "seed": seed} | drawn | _under(steering, rows, index)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     table = folder / "metadata.jsonl"
@@ -199,6 +208,7 @@ def write_images(
         [prompts[index] for index in missing],
         [seeds[index] for index in missing],
         settings,
+        weights=None if weights is None else [weights[index] for index in missing],
         batch_size=batch_size,
         progress=progress,
     )
@@ -210,6 +220,12 @@ def write_images(
         if position % batch_size == batch_size - 1 or position == len(missing) - 1:
             _write_entries(table, known)
     return [folder / entry["file_name"] for entry in wanted]
+
+
+def _under(steering: Steering | None, rows: Rows | None, index: int) -> dict[str, dict[str, float]]:
+    if steering is None or rows is None or not any(rows[index]):
+        return {}
+    return {"weights": steering.named(rows[index])}
 
 
 def _entries(table: Path) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from flowalign.align.carried import Carried
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import by_type, of_types
 from flowalign.align.reference import MOVING, following, with_reference
+from flowalign.align.steer import Steered, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
-from flowalign.families.base import Family
+from flowalign.families.base import CONTEXT, Family
 from flowalign.families.outline import META
 from flowalign.settings import Config
 from flowalign.setup import choose_chunk, choose_timesteps, choose_trainable, load_family, load_objective
@@ -39,6 +40,8 @@ class Outline:
     """`(C, h, w)` of a picture"""
     pictures: int
     """of a comparison, N"""
+    objectives: int = 0
+    """that the policy is told the weights of"""
 
     def batch(self, count: int) -> Batch:
         """`count` comparisons of prompts as long as they can be, once for each policy."""
@@ -57,6 +60,7 @@ class Outline:
             grades=torch.zeros(count, self.pictures, device=META),
             mask=zeros[:, :, 0] if switches.mask == "given" else None,
             noise=zeros if switches.noise == "stored" else None,
+            objective_weights=torch.zeros(count, self.objectives, device=META) if self.objectives else None,
         )
         return batch if self.step.types == 1 else batch.tiled(self.step.types)
 
@@ -77,6 +81,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         learns, _ = with_reference(frozen, "copy", lora=False)
     learns = of_types(learns, config.switches.annotator_types)
     choose_trainable(config, family, learns)
+    learns = steered_policy(learns, config.steer, family.outline_prompts(1).tensors[CONTEXT].shape[-1], config.train.seed)
     anchor = following(learns, frozen, config.reference, lora=lora)[0] if config.reference.kind in MOVING else frozen
     if config.reference.kind == "merged":
         anchor = open_merged(config.reference, config.model, family, outline=True)
@@ -94,6 +99,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         num_chosen=num_chosen,
         switches=config.switches,
         types=len(by_type(learns)),
+        steered=isinstance(learns, Steered),
         carried=Carried.of(objective, knobs, META),
         adaptive=adaptive(config.switches, knobs, META, steps=config.train.steps),
         chunk=choose_chunk(config),
@@ -110,4 +116,5 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         resolution=resolution,
         latents=tuple(latents),
         pictures=pictures,
+        objectives=len(config.steer.objectives) if config.steer else 0,
     )

@@ -37,7 +37,7 @@ def read_samples(run: Path) -> list[tuple[int, list[Generated]]]:
 
 
 def _drawn(pictures: Sequence[Generated]) -> list[tuple[object, ...]]:
-    return [(picture.prompt, picture.seed, *picture.settings.values()) for picture in pictures]
+    return [(*picture.key, *picture.settings.values()) for picture in pictures]
 
 
 def data_uri(path: Path, side: int = THUMBNAIL) -> tuple[str, int, int]:
@@ -77,7 +77,7 @@ def sheet(
             uri, width, height = data_uri(picture.path)
             spent += len(uri)
             largest = max(largest, width, height)
-            alt = escape(f"{name} model: {picture.prompt}")
+            alt = escape(f"{name} model: {picture.caption}")
             image = f'<img src="{uri}" alt="{alt}" width="{width}" height="{height}">'
             sides.append(f'<div class="side">{image}<span>{escape(name)}</span></div>')
         if spent > BUDGET and cards:
@@ -87,7 +87,7 @@ def sheet(
         listed = f'<dl class="scores">{judged}</dl>' if judged else ""
         cards.append(
             f'<figure class="pair"><div class="sides">{"".join(sides)}</div><figcaption>'
-            f'<span class="prompt">{escape(prompt)}</span> <span class="seed">seed {seed}</span>'
+            f'<span class="prompt">{escape(pair[1].caption)}</span> <span class="seed">seed {seed}</span>'
             f"{listed}</figcaption></figure>"
         )
     look = "small" if largest <= SMALL else "large"
@@ -107,11 +107,11 @@ def strip(samples: Samples) -> tuple[str, int, int]:
         cells = []
         for picture in pictures[:prompts]:
             uri, width, height = data_uri(picture.path, SMALL)
-            alt = escape(f"step {step}: {picture.prompt}")
+            alt = escape(f"step {step}: {picture.caption}")
             cells.append(f'<td><img src="{uri}" alt="{alt}" width="{width}" height="{height}"></td>')
         rows.append(f'<tr><th scope="row">step {step:,}</th>{"".join(cells)}</tr>')
     heads = "".join(
-        f'<th scope="col" title="{escape(picture.prompt)}"><span>{escape(picture.prompt)}</span></th>'
+        f'<th scope="col" title="{escape(picture.caption)}"><span>{escape(picture.caption)}</span></th>'
         for picture in chosen[0][1][:prompts]
     )
     table = f'<table class="strip"><tbody>{"".join(rows)}</tbody><tfoot><tr><td></td>{heads}</tr></tfoot></table>'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
+from flowalign.families.steer import steered
 from flowalign.files import write_text
 from flowalign.runs.folders import judges_of, report
 from flowalign.settings import Config
@@ -29,15 +30,19 @@ def generate(
     sampler: str = "default",
     precision: str = "fp32",
     device: str = "auto",
+    weights: Mapping[str, float] | None = None,
     flow: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
 
-    flow: the run folder of a flow to move them along; what was drawn is then in `out/before`.
+    weights: of the objectives that the run was steered with, by name and in any scale; None draws without, as diffusers does
+    that loads the run's weights. flow: the run folder of a flow to move them along; what was drawn is then in `out/before`.
     """
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
     pipeline = open_checkpoint(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
+    if weights is not None:
+        steered(pipeline, checkpoint, weights)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn = out if flow is None else out / "before"
     paths = write_images(

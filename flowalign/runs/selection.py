@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, RunError, allowed
-from flowalign.scoring.comparisons import TIES
+from flowalign.scoring.comparisons import TIES, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
 from flowalign.scoring.select import PICKERS
+from flowalign.scoring.steered import STEERED, steered
 from flowalign.scoring.table import is_table, read_table
 
-BY = tuple(dict.fromkeys((*PICKERS, *ORDERS)))
+BY = tuple(dict.fromkeys((*PICKERS, STEERED, *ORDERS)))
 WEIGHTS = ("even", "histogram")
 RATIO = 0.4
 """Share of comparisons that orders keep unless told otherwise: Huang et al. 2025, 2503.01864."""
@@ -35,11 +37,15 @@ def select(
     weights: str = "even",
     ratio: float | None = None,
     potential_weight: float = 1.0,
+    objectives: Sequence[str] = (),
+    alpha: float = 1.0,
+    draws: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write comparisons that `align` reads: pairs of a score table, or the most telling ones of a file of comparisons.
 
-    source: a table, and `by` one of `select.PICKERS`, or "explicit" for the widest of best_worst; or comparisons, and `by` one
+    source: a table, and `by` one of `select.PICKERS`, "explicit" for the widest of best_worst, or "steered", whose rewards and
+    weights `objectives`, `alpha` and `draws` set, see `scoring.steered.steered`; or comparisons, and `by` one
     of `order.ORDERS`. score, most, least, ties, tie_width: see `scoring.comparisons.pick`. weights: "histogram" lets pairs with
     rare gaps count more. ratio: share of the comparisons that is kept, the first by the order; None is 0.4 where `by` is
     an order, else all. potential_weight: w of the alignment potential. Raises UserError, and RunError where nothing is left.
@@ -51,13 +57,17 @@ def select(
         raise ConfigError(f"ratio is {ratio}; it is a share, above 0 and at most 1.")
     counts: dict[str, int] = {}
     if is_table(Path(source)):
-        if by not in PICKERS and by != "explicit":
+        if by not in PICKERS and by not in ("explicit", STEERED):
             raise ConfigError(
                 f"by is {by!r}, which reads what flowalign margins adds to comparisons, and {source} is a score table; select "
                 "best_worst from it, run flowalign margins on that, and select from what it writes."
             )
         table, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
-        rows = select_pairs(table, picker, score=score, most=most, least=least, ties=ties, tie_width=tie_width, seed=seed)
+        if by == STEERED:
+            found = steered(table, objectives, alpha=alpha, draws=draws, least=least, seed=seed)
+            rows = rows_of(table, found, "combined" if "combined" in table.data.column_names else table.rewards[0])
+        else:
+            rows = select_pairs(table, picker, score=score, most=most, least=least, ties=ties, tie_width=tie_width, seed=seed)
         if by == "explicit" or ratio is not None:
             gaps = np.array([row["margin"] for row in rows])
             rows = [rows[place] for place in order("explicit", gaps, gaps, [""] * len(rows))[: _count(ratio, len(rows))]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class Picked:
     gap: float
     """Of the one score."""
     tie: bool
+    weights: Mapping[str, float] | None = None
+    """Of the rewards, where they made the score."""
 
 
 def select(
@@ -133,6 +135,7 @@ def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dic
         row["scores"] = {name: values.tolist() for name, values in two.items() if np.isfinite(values).all()}
         row["margin"] = each.gap
         row |= {"preference": 0.5} if each.tie else {}
+        row |= {"objective_weights": dict(each.weights)} if each.weights is not None else {}
         for name, column_ in made.items():
             if None not in (found := [column_[place] for place in places]):
                 row[name] = found

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -81,14 +82,24 @@ def assemble(policy: nn.Module, plain: nn.Module | None) -> None:
             target[name].copy_(whole)
 
 
-def export(policy: nn.Module, kind: str, pipeline: object, component: str, folder: Path) -> None:
+def export(
+    policy: nn.Module,
+    kind: str,
+    pipeline: object,
+    component: str,
+    folder: Path,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:
     """Write `weights/` for plain diffusers: a LoRA file for `load_lora_weights`, or a whole pipeline for `from_pretrained`.
 
-    component: what the pipeline calls its denoiser, unet or transformer.
+    component: what the pipeline calls its denoiser, unet or transformer. beside: other safetensors files of the folder.
 
     Raises CheckpointError rather than write a file that would change nothing: a LoRA whose up-projections are all zero.
     """
     with atomic_folder(folder) as temporary:
+        for name, data in beside.items():
+            (temporary / name).write_bytes(data)
+            _sort_metadata(temporary / name)
         if kind == "full":
             pipeline.save_pretrained(temporary)  # type: ignore[attr-defined]
             return

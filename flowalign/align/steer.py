@@ -1,0 +1,63 @@
+"""One policy for many trade-offs: a denoiser that is told the weights of several objectives beside the prompt.
+
+MO-ODPO, Gupta et al. 2025, arXiv 2503.00295, see docs/steer.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.data.batch import Batch, Conditioning
+from flowalign.data.weights import WEIGHTS
+from flowalign.families.base import CONTEXT, Family
+from flowalign.families.steer import Shift
+from flowalign.rng import key
+from flowalign.settings import Steer
+
+
+class Steered(nn.Module):
+    """A denoiser whose prompts are shifted by what the weights of the objectives say; before training by nothing."""
+
+    def __init__(self, denoiser: nn.Module, shift: Shift) -> None:
+        super().__init__()
+        self.denoiser, self.shift = denoiser, shift
+
+    def forward(self, family: Family, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's prediction `[R, C, h, w]`; `conditioning` holds the weights `[R, K]` under `WEIGHTS`."""
+        tokens = self.shift(conditioning.tensors[CONTEXT], conditioning.tensors[WEIGHTS])
+        return family.predict(self.denoiser, x_t, t, conditioning.joined(CONTEXT, tokens))
+
+
+def steered_policy(policy: nn.Module, steer: Steer | None, width: int, seed: int) -> nn.Module:
+    """A policy that is ready to train, as the settings steer it. width: D of the prompt's tokens."""
+    if steer is None or steer.form == "prompt":
+        return policy
+    device = next(policy.parameters()).device
+    return Steered(policy, Shift(len(steer.objectives), width, steer.hidden, key(seed, "steer")).to(device))
+
+
+def by_part(policy: nn.Module) -> tuple[nn.Module, Shift | None]:
+    """(the denoiser, what steers it) of a policy."""
+    return (policy.denoiser, policy.shift) if isinstance(policy, Steered) else (policy, None)
+
+
+def asked(batch: Batch, told: Conditioning, of_pictures: Callable[[Conditioning], Conditioning]) -> Conditioning:
+    """What the policy is told about each of the B·N pictures, from what the reference is.
+
+    of_pictures: a row for each comparison -> one for each picture, on the device.
+    """
+    if batch.policy_conditioning is not None:
+        told = of_pictures(batch.policy_conditioning)
+    if batch.objective_weights is not None:
+        told = told.joined(WEIGHTS, of_pictures(Conditioning({WEIGHTS: batch.objective_weights})).tensors[WEIGHTS])
+    return told
+
+
+def even_and_corners(steer: Steer) -> list[dict[str, float]]:
+    """The middle of the simplex, then its corners: what sample pictures are drawn under."""
+    names = steer.objectives
+    corners = torch.eye(len(names)).tolist()
+    return [dict.fromkeys(names, 1 / len(names)), *(dict(zip(names, row, strict=True)) for row in corners)]

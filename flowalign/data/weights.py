@@ -1,0 +1,54 @@
+"""Weights of several objectives on the simplex: what a comparison holds under them, and what a steered policy is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from flowalign.errors import ConfigError, DataError, allowed
+
+WEIGHTS = "objective_weights"
+"""Name in a Conditioning of the weights `[B, K]` that a steered policy is told; zeros where it is told none."""
+TOLERANCE = 1e-3
+"""How far the weights of a row may be from a sum of 1."""
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise DataError for weights of a comparison that do not lie on the simplex."""
+    values = list(weights.values())
+    if not values or not all(math.isfinite(value) and value >= 0 for value in values) or abs(sum(values) - 1) > TOLERANCE:
+        raise DataError(f"objective_weights are {dict(weights)}; they must be numbers that are not negative and sum to 1")
+
+
+def in_order(weights: Mapping[str, float], objectives: Sequence[str]) -> tuple[float, ...]:
+    """A comparison's weights `[K]` in the order of the objectives, summing to 1; one that is not named has weight 0.
+
+    Raises DataError for a weight of something else.
+    """
+    other = [name for name, value in weights.items() if value and name not in objectives]
+    if other:
+        raise DataError(f"objective_weights weighs {other[0]!r}, no objective of the run; {allowed(other[0], objectives)}")
+    total = sum(weights.values())
+    return tuple(weights.get(name, 0.0) / total for name in objectives)
+
+
+def shares(weights: Mapping[str, float], objectives: Sequence[str]) -> tuple[float, ...]:
+    """What a user asks for, in any scale -> weights `[K]` in the order of the objectives that sum to 1.
+
+    Raises ConfigError for an unknown name, a negative weight, and where all are zero.
+    """
+    for name, value in weights.items():
+        if name not in objectives:
+            raise ConfigError(f"weights name {name!r}, which the policy does not know; {allowed(name, objectives)}.")
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"the weight of {name} is {value}; it must be a number that is not negative.")
+    total = sum(weights.values())
+    if total <= 0:
+        raise ConfigError(f"all weights are 0; give one above 0 to any of {', '.join(objectives)}.")
+    return tuple(weights.get(name, 0.0) / total for name in objectives)
+
+
+def wording(prompt: str, objectives: Sequence[str], weights: Sequence[float]) -> str:
+    """The prompt with its weights in words before it, to one digit: `clip 0.7 style 0.3: a red heart`."""
+    said = " ".join(f"{name} {value:.1f}" for name, value in zip(objectives, weights, strict=True))
+    return f"{said}: {prompt}"

@@ -1,0 +1,259 @@
+"""A pipeline that draws under weights of objectives: what a steered run saved, put into any family's pipeline and taken out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from flowalign import plugins
+from flowalign.data.weights import shares, wording
+from flowalign.errors import CheckpointError, ConfigError
+from flowalign.families.loading import FAILURES, LORA, LoraRun, add_lora, digest, family_of
+from flowalign.settings import Steer
+
+STEER = "steer.safetensors"
+PLACE = "_flowalign_steering"
+"""Where a pipeline keeps its `Steering`."""
+Rows = tuple[tuple[float, ...], ...]
+"""Weights of the objectives, one row for all pictures or one a prompt; a row of zeros is none."""
+
+
+class Shift(nn.Module):
+    """Weights of K objectives -> what is added to every token of a prompt.
+
+    The last layer starts at zero, so at first nothing is. Tokens put behind the prompt's would not start so: a softmax gives
+    even a key of zeros a share e⁰ of its attention (docs/steer.md).
+    """
+
+    def __init__(self, objectives: int, width: int, hidden: int, seed: int = 0) -> None:
+        """width: D of the prompt's tokens."""
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Linear(objectives, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width)
+            )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Tokens `[B, L, D]` under weights `[B, K]`, in their own dtype; rows of zeros, which are none, change nothing.
+
+        Computed in float32, whatever surrounds it: steps of what learns round away in bfloat16.
+        """
+        exact = nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
+        with exact:
+            weights = weights.float()
+            shift = self.layers(weights * weights.shape[1] - 1) * (weights.sum(1, keepdim=True) > 0)
+            return (tokens.float() + shift[:, None]).to(tokens.dtype)
+
+
+def write_steering(settings: Steer, shift: Shift | None) -> bytes:
+    """The file of a steered run: the network, where there is one, and the settings as metadata."""
+    state = {} if shift is None else {name: tensor.detach().cpu().contiguous() for name, tensor in shift.state_dict().items()}
+    return save(state, {"steer": settings.model_dump_json()})
+
+
+class Steering:
+    """What tells one pipeline the weights of objectives."""
+
+    def __init__(self, settings: Steer, shift: Shift | None) -> None:
+        self.settings, self.shift = settings, shift
+        self.rows: Rows | None = None
+        """What is drawn under now; None is no weights."""
+        self.own_lora = False
+        """The adapters came with it."""
+        self._asked: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.settings.model_dump(mode="json"), *(() if self.shift is None else (_Plain(self.shift),)))
+
+    def named(self, row: Sequence[float]) -> dict[str, float]:
+        """Weights by objective."""
+        return {name: round(value, 6) for name, value in zip(self.settings.objectives, row, strict=True)}
+
+    def row(self, weights: Mapping[str, float] | None) -> tuple[float, ...]:
+        """What a user asks for, on the simplex; None is zeros. Raises ConfigError."""
+        objectives = self.settings.objectives
+        return (0.0,) * len(objectives) if weights is None else shares(weights, objectives)
+
+    @contextmanager
+    def under(self, rows: Rows | None) -> Iterator[None]:
+        """Draw under other weights for a while."""
+        before, self.rows = self.rows, rows
+        try:
+            yield
+        finally:
+            self.rows = before
+
+    def attach(self, pipeline: Any) -> None:
+        """Stand between the pipeline and its own encoding of prompts. Negative prompts are told no weights.
+
+        A pipeline that does not encode both prompts in one call encodes the negative one in a second.
+        """
+        plain = pipeline.encode_prompt
+        parameters = inspect.signature(plain).parameters
+        twice = "negative_prompt" not in parameters
+
+        @wraps(plain)
+        def encode(*given: Any, **named: Any) -> Any:
+            negative = twice and bool(self._asked)
+            self._asked = None if self._asked is None else self._asked + 1
+            if self.rows is None or negative:
+                return plain(*given, **named)
+            if self.shift is None:
+                call = inspect.signature(plain).bind(*given, **named)
+                call.arguments["prompt"] = self._worded(call.arguments.get("prompt"))
+                return plain(*call.args, **call.kwargs)
+            tokens, *others = plain(*given, **named)
+            return (self._shifted(tokens), *others)
+
+        def noting(function: Callable[..., Any], asked: int | None) -> Callable[..., Any]:
+            @wraps(function)
+            def note(*given: Any, **named: Any) -> Any:
+                self._asked = asked
+                return function(*given, **named)
+
+            return note
+
+        pipeline.encode_prompt = encode
+        if twice:  # what a call of the pipeline begins and ends with
+            pipeline.check_inputs = noting(pipeline.check_inputs, 0)
+            pipeline.maybe_free_model_hooks = noting(pipeline.maybe_free_model_hooks, None)
+        setattr(pipeline, PLACE, self)
+
+    def _each(self, count: int) -> Rows:
+        """The row of each of `count` pictures."""
+        rows = self.rows or ()
+        if count % len(rows):
+            raise ConfigError(f"there are weights for {len(rows)} prompts, and {count} pictures; give one for each, or one.")
+        return tuple(row for row in rows for _ in range(count // len(rows)))
+
+    def _worded(self, prompt: str | list[str] | None) -> str | list[str] | None:
+        if prompt is None:  # its encoding is given
+            return None
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows, objectives = self._each(len(prompts)), self.settings.objectives
+        said = [wording(text, objectives, row) if any(row) else text for text, row in zip(prompts, rows, strict=True)]
+        return said[0] if isinstance(prompt, str) else said
+
+    def _shifted(self, tokens: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """`[B, L, D]`, or a list of `[l, D]`."""
+        if isinstance(tokens, list):
+            weights = torch.tensor(self._each(len(tokens)), device=tokens[0].device)
+            return [self._moved(each[None], row[None])[0] for each, row in zip(tokens, weights, strict=True)]
+        return self._moved(tokens, torch.tensor(self._each(len(tokens)), device=tokens.device))
+
+    def _moved(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        if self.shift is None:
+            return tokens
+        width = self.shift.layers[-1].out_features
+        if width != tokens.shape[-1]:
+            raise CheckpointError(
+                f"the run steers prompts with tokens of {width} numbers, and this pipeline's have {tokens.shape[-1]}; take a "
+                "pipeline of the checkpoint that the run was trained on."
+            )
+        return self.shift.to(tokens.device)(tokens, weights)
+
+
+class _Plain(nn.Module):
+    """For `digest`, which asks modules for their settings."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.config = module, {}
+
+
+def folder_of(run: str | Path) -> Path:
+    """The folder that holds a steered run's file: `run/weights`, or the folder itself. Raises CheckpointError."""
+    path = Path(run).expanduser()
+    for folder in (path / "weights", path):
+        if (folder / STEER).is_file():
+            return folder
+    raise CheckpointError(f"{run} holds no {STEER}; give the folder of a finished run with a section steer.")
+
+
+def load_steering(run: str | Path) -> Steering:
+    """What a steered run saved. Raises CheckpointError."""
+    path = folder_of(run) / STEER
+    try:
+        with safe_open(path, "pt") as file:
+            settings = Steer.model_validate_json(file.metadata()["steer"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if settings.form == "prompt":
+            return Steering(settings, None)
+        width = state["layers.4.weight"].shape[0]
+        shift = Shift(len(settings.objectives), width, settings.hidden)
+        shift.load_state_dict(state)
+    except (*FAILURES, ValidationError) as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); copy the run's weights again.") from error
+    return Steering(settings, shift.requires_grad_(False).eval())
+
+
+def steering_of(pipeline: Any) -> Steering | None:
+    """What `steered` put into a pipeline."""
+    found: Steering | None = vars(pipeline).get(PLACE)
+    return found
+
+
+def steered(pipeline: Any, run: str | Path, weights: Mapping[str, float] | None = None) -> Any:
+    """Make a diffusers pipeline draw under weights of the objectives that a run was steered with; returns the pipeline.
+
+    run: the run folder, or its weights/. The run's LoRA is loaded unless the denoiser has adapters already. weights: by name,
+    in any scale, such as {"clip": 0.7, "style": 0.3}; an objective that is not named has weight 0; None draws without weights.
+    Call it again for other weights, and `unsteered` to have the pipeline as it was. Raises CheckpointError and ConfigError.
+    """
+    folder, steering = folder_of(run), load_steering(run)
+    row = steering.row(weights)
+    unsteered(pipeline)
+    family = plugins.load("families", family_of(type(pipeline).__name__))
+    denoiser = getattr(pipeline, family.component)
+    if (folder / LORA).is_file() and not getattr(denoiser, "peft_config", None):
+        add_lora(denoiser, LoraRun(folder, "the pipeline's checkpoint", None, None), family.component)
+        steering.own_lora = True
+    steering.rows = None if weights is None else (row,)
+    steering.attach(pipeline)
+    return pipeline
+
+
+def unsteered(pipeline: Any) -> Any:
+    """Take out what `steered` put into a pipeline, its LoRA included; nothing where there is nothing. Returns the pipeline."""
+    steering = steering_of(pipeline)
+    if steering is not None:
+        for name in ("encode_prompt", "check_inputs", "maybe_free_model_hooks", PLACE):
+            vars(pipeline).pop(name, None)
+        if steering.own_lora:
+            pipeline.unload_lora_weights()
+    return pipeline
+
+
+def rows_for(
+    pipeline: Any, weights: Sequence[Mapping[str, float] | None] | None, count: int
+) -> tuple[Steering | None, Rows | None]:
+    """What steers a pipeline, and the weights of each of `count` pictures, by default those it draws under.
+
+    Raises ConfigError.
+    """
+    steering = steering_of(pipeline)
+    if weights is None:
+        rows = None if steering is None or steering.rows is None else steering.rows * (count if len(steering.rows) == 1 else 1)
+        return steering, rows
+    if steering is None:
+        named = sorted({name for each in weights for name in each or ()})
+        raise ConfigError(
+            f"weights of {', '.join(named) or 'objectives'} are given, and what draws knows none; take a run that was steered."
+        )
+    if len(weights) != count:
+        raise ConfigError(f"there are weights for {len(weights)} of {count} pictures; give one for each.")
+    return steering, tuple(map(steering.row, weights))

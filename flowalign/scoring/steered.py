@@ -1,0 +1,62 @@
+"""One pool of scored pictures, labelled anew for each draw of weights: the offline form of MO-ODPO (2503.00295)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowalign.errors import ConfigError, DataError, allowed
+from flowalign.rng import key
+from flowalign.scoring.comparisons import Picked
+from flowalign.scoring.table import CALIBRATED, ScoreTable
+
+STEERED = "steered"
+
+
+def drawn_weights(count: int, alpha: float, prompt: str, draw: int, seed: int = 0) -> NDArray[np.float64]:
+    """`[K]` w ~ Dirichlet(α·1), the one of this seed, prompt and draw. Raises ConfigError for an α that is not above 0."""
+    if not 0 < alpha < np.inf:
+        raise ConfigError(f"alpha is {alpha}; it is above 0: small ones draw corners of the simplex, large ones its middle.")
+    return np.random.default_rng(key(seed, "objective weights", prompt, draw)).dirichlet(np.full(count, alpha))
+
+
+def steered(
+    table: ScoreTable,
+    objectives: Sequence[str] = (),
+    *,
+    alpha: float = 1.0,
+    draws: int = 4,
+    least: float | None = None,
+    seed: int = 0,
+) -> list[Picked]:
+    """For each prompt and draw of weights w, the best picture against the worst by Σ_k w_k R_k, with R calibrated `[n, K]`.
+
+    objectives: rewards of the table; none takes all. draws: weights of a prompt. least: smallest gap of w·R; pairs without any
+    are dropped. Pictures that lack one of the scores take no part. Raises ConfigError for an α, DataError for objectives
+    that are fewer than two, not in the table, or not calibrated.
+    """
+    names = tuple(objectives) or table.rewards
+    for name in names:
+        if name not in table.rewards:
+            raise DataError(f"objectives names {name!r}, which the table has not scored; {allowed(name, table.rewards)}.")
+        if CALIBRATED + name not in table.data.column_names:
+            raise DataError(f"{name} is not calibrated, so it cannot be weighed against others; run flowalign calibrate first.")
+    if len(set(names)) < max(len(names), 2):
+        raise DataError(f"objectives are {', '.join(names) or 'none'}; weights need two different rewards or more.")
+    scores = np.stack([table.numbers(CALIBRATED + name) for name in names], axis=1)
+    known = ~np.isnan(scores).any(1)
+    floor = 0.0 if least is None else least
+    picked = []
+    for prompt, every in table.groups().items():
+        rows = every[known[every]]
+        for draw in range(draws if len(rows) > 1 else 0):
+            weights = drawn_weights(len(names), alpha, prompt, draw, seed)
+            weighed = scores[rows] @ weights
+            best, worst = int(weighed.argmax()), int(weighed.argmin())
+            gap = float(weighed[best] - weighed[worst])
+            if gap > 0 and gap >= floor:
+                told = dict(zip(names, weights.tolist(), strict=True))
+                picked.append(Picked(int(rows[best]), int(rows[worst]), gap, False, told))
+    return picked
