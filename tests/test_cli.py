@@ -132,7 +132,7 @@ def test_generate_passes_prompts_and_settings(runs: Runs, tmp_path: Path) -> Non
     assert only(runs) == (
         "generate",
         ("tiny-sd", ["a cat", "one", "two"]),
-        {"out": Path("runs/generate"), "flow": None, **SAMPLING},
+        {"out": Path("runs/generate"), "weights": None, "flow": None, **SAMPLING},
     )
 
 
@@ -147,6 +147,7 @@ def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:
     assert first[1] == ("m", ["a_b"])
     assert first[2] == {
         "out": Path("o"),
+        "weights": None,
         "flow": None,
         "seeds": [3, 4],
         "steps": 9,
