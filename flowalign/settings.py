@@ -66,6 +66,8 @@ class Data(Section):
     """split of a hub dataset"""
     tie_policy: Literal["soft", "drop"] = "soft"
     """a tie trains with the label 0.5, or is left out"""
+    order: Literal["given", "reversed"] = "given"
+    """pictures from the best to the worst as the data say, or the other way round: what to move away from"""
     on_bad_row: Literal["skip", "error"] = "skip"
     """a row that cannot be read is counted and skipped, or ends the run"""
     limit: Positive | None = None

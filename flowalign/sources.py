@@ -14,7 +14,7 @@ from flowalign.data.index import index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows
 from flowalign.families.base import Family
-from flowalign.settings import Config
+from flowalign.settings import Config, Data
 from flowalign.train.ranks import Ranks
 
 
@@ -23,17 +23,25 @@ def cache_folder(folder: str | Path | None) -> Path:
     return Path(folder or os.environ.get("FLOWALIGN_CACHE") or Path.home() / ".cache" / "flowalign")
 
 
+def open_source(data: Data, source: str, limit: int | None) -> Comparisons:
+    """The comparisons of `source`, read as `data` says."""
+    return open_comparisons(
+        source,
+        format=data.format,
+        columns=data.columns,
+        split=data.split,
+        tie_policy=data.tie_policy,
+        order=data.order,
+        limit=limit,
+    )
+
+
 def load_data(
     config: Config, family: Family, folder: Path, progress: bool, ranks: Ranks
 ) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
     """Open, split and cache the comparisons; the encoders leave memory afterwards."""
     data, attached = config.data, _attached(config)
     resolution = data.resolution or family.resolution
-
-    def open_(source: str, limit: int | None) -> Comparisons:
-        return open_comparisons(
-            source, format=data.format, columns=data.columns, split=data.split, tie_policy=data.tie_policy, limit=limit
-        )
 
     cache = LatentCache(
         cache_folder(data.cache),
@@ -49,9 +57,9 @@ def load_data(
     if known is not None:
         parts, counts = known
     else:
-        train = open_(data.train, data.limit)
+        train = open_source(data, data.train, data.limit)
         if data.validation is not None:
-            held, train_places = open_(data.validation, None), range(len(train))
+            held, train_places = open_source(data, data.validation, None), range(len(train))
             held_places: Any = range(len(held))
         else:
             held, (train_places, held_places) = train, split_by_prompt(train, data.held_out, config.train.seed)

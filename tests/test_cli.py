@@ -16,7 +16,7 @@ from flowalign import cli
 from flowalign.errors import DataError, RunError
 from flowalign.settings import Config
 
-VERBS = ("align", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
+VERBS = ("align", "merge", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
 RESULT = {"summary": "all is well", "value": 0.5, "name": "é"}
 
 
@@ -134,6 +134,29 @@ def test_generate_passes_prompts_and_settings(runs: Runs, tmp_path: Path) -> Non
         ("tiny-sd", ["a cat", "one", "two"]),
         {"out": Path("runs/generate"), "weights": None, "flow": None, **SAMPLING},
     )
+
+
+def test_generate_takes_a_mix_and_a_negative_run(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--mix", "runs/a=0.25", "b=x=0.75", "--negative", "runs/c", "--prompts", "p"]) == 0
+    name, given, settings = runs.calls.pop()
+    assert (name, given) == ("generate", (None, ["p"]))
+    assert settings["mix"] == {"runs/a": 0.25, "b=x": 0.75}
+    assert (settings["negative"], settings["negative_strength"]) == ("runs/c", 1.0)
+    assert cli.main(["generate", "m", "--negative", "runs/c", "--negative-strength", "0", "--prompts", "p"]) == 0
+    assert runs.calls.pop()[2]["negative_strength"] == 0
+    assert cli.main(["generate", "m", "--negative-strength", "0.5", "--prompts", "p"]) == 2
+    assert "says how much --negative RUN counts" in capsys.readouterr().err
+    for wrong in ("runs/a", "=0.5", "runs/a=much"):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "--mix", wrong, "--prompts", "p"])
+        assert "is not RUN=W, such as runs/my=0.5" in capsys.readouterr().err
+
+
+def test_merge_passes_runs_and_weights(runs: Runs) -> None:
+    how = ["--how", "warp", "--back", "0.25", "--rank", "8"]
+    assert cli.main(["merge", "a", "b", "--weights", "0.7", "0.3", *how, "--out", "c"]) == 0
+    told = {"out": Path("c"), "weights": [0.7, 0.3], "how": "warp", "back": 0.25, "rank": 8}
+    assert only(runs) == ("merge", (["a", "b"],), told)
 
 
 def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:

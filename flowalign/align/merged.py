@@ -14,6 +14,7 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import Family
 from flowalign.families.latent import compute_dtype
 from flowalign.families.loading import add_lora, detect_family, digest, find_lora
+from flowalign.families.mixing import weighted
 from flowalign.settings import Model, Reference
 
 SHAPES = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "cap_feat_dim")
@@ -50,7 +51,7 @@ class Merged(nn.Module):
         theirs; the errors are its own, or those of the harmonic mean, which is no denoiser.
         """
         predictions = [predict(denoiser) for denoiser in self.denoisers]
-        mean = torch.stack([weight * each for weight, each in zip(self.weights, predictions, strict=True)]).sum(0)
+        mean = weighted(self.weights, predictions)
         if self.settings.merge == "predictions":
             return error(mean), mean
         found = torch.stack([error(each) for each in predictions])
@@ -91,37 +92,45 @@ def shares(settings: Reference) -> list[float]:
 
 
 def open_merged(settings: Reference, model: Model, family: Family, *, outline: bool = False) -> Merged:
-    """Open all references, frozen, beside `family`, which was loaded as `model` says and is not trained yet.
+    """Open all references of a run, see `open_beside`. Raises ConfigError for settings that do not go together."""
+    shares(settings)
+    denoisers = open_beside(settings.checkpoints, model, family, outline=outline)
+    fingerprints = [] if outline else [digest(each) for each in denoisers]
+    return Merged(denoisers, settings, fingerprints)
+
+
+def open_beside(
+    checkpoints: Sequence[str], model: Model, family: Family, *, outline: bool = False, said: str = "reference.checkpoints"
+) -> list[nn.Module]:
+    """Denoisers, frozen, beside `family`, which was loaded as `model` says and is not trained yet.
 
     The model itself and LoRA runs on top of it share its tensors; every other checkpoint is held whole. outline: only shapes,
-    on the meta device, as `family` is then. Raises ConfigError for settings that do not go together, CheckpointError for a
-    checkpoint that cannot be opened, or whose predictions mean something else than the model's.
+    on the meta device, as `family` is then. said: what names the checkpoints, for sentences about them. Raises CheckpointError
+    for a checkpoint that cannot be opened, or whose predictions mean something else than the model's.
     """
-    shares(settings)
     own = (str(Path(model.checkpoint).expanduser()), model.revision, model.variant)
     denoisers = []
-    for checkpoint in settings.checkpoints:
+    for checkpoint in checkpoints:
         run = find_lora(checkpoint)
         based = own if checkpoint == model.checkpoint else (str(Path(checkpoint).expanduser()), None, None)
         if run is not None:
             based = (str(Path(run.base).expanduser()), run.revision, run.variant)
         shared = based == own
-        denoiser = family.denoiser if shared else _open(checkpoint, based, family, outline)
+        denoiser = family.denoiser if shared else _open(checkpoint, based, family, outline, said)
         if run is not None:
             denoiser = second(denoiser)
             add_lora(denoiser, run, family.component)
         denoisers.append(denoiser)
-    fingerprints = [] if outline else [digest(each) for each in denoisers]
-    return Merged([each.requires_grad_(False).eval() for each in denoisers], settings, fingerprints)
+    return [each.requires_grad_(False).eval() for each in denoisers]
 
 
-def _open(checkpoint: str, based: tuple[str, str | None, str | None], family: Family, outline: bool) -> nn.Module:
+def _open(checkpoint: str, based: tuple[str, str | None, str | None], family: Family, outline: bool, said: str) -> nn.Module:
     """The denoiser of another whole checkpoint, if it can stand beside the family's own."""
     base, revision, variant = based
     name = detect_family(base, revision=revision, variant=variant, weights=not outline)
     if name != family.name:
         raise CheckpointError(
-            f"reference.checkpoints names {checkpoint}, which is of the family {name!r}, and the model is of {family.name!r}; "
+            f"{said} names {checkpoint}, which is of the family {name!r}, and the model is of {family.name!r}; "
             "predictions of different families cannot be merged: name checkpoints of one family."
         )
     kind = plugins.load("families", name)
@@ -131,12 +140,12 @@ def _open(checkpoint: str, based: tuple[str, str | None, str | None], family: Fa
     for setting in SHAPES:
         if ours.get(setting) != theirs.get(setting):
             raise CheckpointError(
-                f"reference.checkpoints names {checkpoint}, whose denoiser has {setting} {theirs.get(setting)}, and the "
+                f"{said} names {checkpoint}, whose denoiser has {setting} {theirs.get(setting)}, and the "
                 f"model's has {ours.get(setting)}; name checkpoints that take the same latents and prompts."
             )
     if not _same_noise(family, other):
         raise CheckpointError(
-            f"reference.checkpoints names {checkpoint}, which predicts another target or was trained with another noise "
+            f"{said} names {checkpoint}, which predicts another target or was trained with another noise "
             "schedule than the model, so their predictions cannot be merged; name checkpoints of one kind."
         )
     return other.denoiser.to(next(family.denoiser.parameters()).device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from flowalign.errors import CheckpointError, ConfigError
 
@@ -111,6 +111,19 @@ def price(text: str) -> tuple[str, float]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not GPU=USD, such as H100=2.5")
     return name, scale(price)
+
+
+def share(text: str) -> tuple[str, float]:
+    """RUN=W, how much a run counts."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if name else _no_share(text)
+    except ValueError:
+        return _no_share(text)
+
+
+def _no_share(text: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"{text!r} is not RUN=W, such as runs/my=0.5")
 
 
 def scale(text: str) -> float:

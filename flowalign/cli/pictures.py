@@ -11,16 +11,35 @@ from flowalign.cli.arguments import (
     add_sampling,
     read_prompts,
     sampling,
+    scale,
+    share,
     weights,
 )
+from flowalign.errors import ConfigError
 
 
 def add(command: Command) -> None:
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
-    generate.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder")
+    generate.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT_OR_RUN", help="a diffusers folder, a hub id or a run folder"
+    )
     add_sampling(generate, Path("runs/generate"))
     generate.add_argument("--weights", type=weights, metavar="NAME=W,...", help="of a steered run's objectives, in any scale")
     generate.add_argument("--flow", metavar="RUN", help="move what is drawn along the flow of this run folder")
+    generate.add_argument(
+        "--mix",
+        type=share,
+        nargs="+",
+        metavar="RUN=W",
+        help="instead of one checkpoint: several, and their shares in what is predicted",
+    )
+    generate.add_argument("--negative", metavar="RUN", help="move away from this run, such as one of reversed preferences")
+    generate.add_argument(
+        "--negative-strength",
+        type=scale,
+        metavar="S",
+        help="how much of it stands for the negative prompt (1)",
+    )
 
     evaluate = command("evaluate", _evaluate, "Compare two models picture by picture: win rates with intervals.")
     for name in ("base", "aligned"):
@@ -40,6 +59,12 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     drawing = sampling(options)
     given = {"out": options.out, "weights": options.weights, "flow": options.flow}
+    if options.mix:
+        given["mix"] = dict(options.mix)
+    if options.negative is not None:
+        given |= {"negative": options.negative, "negative_strength": 1.0 if (s := options.negative_strength) is None else s}
+    elif options.negative_strength is not None:
+        raise ConfigError(f"--negative-strength {options.negative_strength:g} says how much --negative RUN counts; give one.")
     return runs.generate(options.checkpoint, read_prompts(options), **given, **drawing)
 
 

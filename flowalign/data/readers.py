@@ -21,6 +21,7 @@ from flowalign.files import write_text
 
 FORMATS = ("auto", "folder", "jsonl", "parquet", "webdataset", "datasets")
 TIE_POLICIES = ("soft", "drop")
+ORDERS = ("given", "reversed")
 ON_BAD_ROW = ("skip", "error")
 SPLIT_WORDS = {"train", "validation", "valid", "val", "test", "held_out", "heldout", "dev"}
 
@@ -29,9 +30,15 @@ class Comparisons(Sequence[Comparison]):
     """A source's comparisons, read when asked for. Reading a bad row raises DataError with the row's place."""
 
     def __init__(
-        self, rows: Rows, convention: Convention, columns: Mapping[str, str], index: np.ndarray | None, pictures: Pictures
+        self,
+        rows: Rows,
+        convention: Convention,
+        columns: Mapping[str, str],
+        index: np.ndarray | None,
+        pictures: Pictures,
+        order: str = "given",
     ) -> None:
-        self.rows, self.convention = rows, convention
+        self.rows, self.convention, self._order = rows, convention, order
         self._columns, self._index, self._pictures = dict(columns), index, pictures
 
     def __len__(self) -> int:
@@ -50,7 +57,8 @@ class Comparisons(Sequence[Comparison]):
         try:
             rows = [self._row(each) for each in numbers]
             fields = self.convention.build(*rows)
-            return Comparison(prompt=rows[0].prompt, annotator=rows[0].annotator, source=source, **fields)
+            found = Comparison(prompt=rows[0].prompt, annotator=rows[0].annotator, source=source, **fields)
+            return found if self._order == "given" else found.reversed()
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 
@@ -61,7 +69,8 @@ class Comparisons(Sequence[Comparison]):
     def select(self, places: Sequence[int]) -> Comparisons:
         """These comparisons only, in this order."""
         index = np.arange(len(self.rows)) if self._index is None else self._index
-        return Comparisons(self.rows, self.convention, self._columns, index[np.asarray(places, dtype=np.int64)], self._pictures)
+        chosen = index[np.asarray(places, dtype=np.int64)]
+        return Comparisons(self.rows, self.convention, self._columns, chosen, self._pictures, self._order)
 
     def _row(self, number: int) -> Row:
         values = self.rows.row(number)
@@ -77,6 +86,7 @@ def open_comparisons(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     tie_policy: str = "soft",
+    order: str = "given",
     limit: int | None = None,
     image_folder: str | Path | None = None,
 ) -> Comparisons:
@@ -89,6 +99,7 @@ def open_comparisons(
     columns: known column name -> the source's name for it, for example {"prompt": "text", "chosen": "win"}.
     split: for `datasets`, and for shards that carry split names.
     tie_policy: "soft" keeps ties with preference 0.5; "drop" leaves them out.
+    order: "given", or "reversed", which takes the worst picture for the best, see `Comparison.reversed`.
     limit: use the first `limit` comparisons.
     image_folder: what relative picture paths are relative to, if not the source's own folder.
 
@@ -96,6 +107,8 @@ def open_comparisons(
     """
     if tie_policy not in TIE_POLICIES:
         raise DataError(f"tie_policy is {tie_policy!r}; {allowed(tie_policy, TIE_POLICIES)}")
+    if order not in ORDERS:
+        raise DataError(f"order is {order!r}; {allowed(order, ORDERS)}")
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or absent to use every comparison")
     rows = open_rows(source, format=format, split=split)
@@ -108,7 +121,7 @@ def open_comparisons(
         raise DataError(
             f"{str(source)!r} holds no two pictures of one prompt with different ranks; check its prompt_id and rank"
         )
-    out = Comparisons(rows, convention, columns or {}, index, pictures)
+    out = Comparisons(rows, convention, columns or {}, index, pictures, order)
     if tie_policy == "drop":
         out = out.select([place for place in range(len(out)) if not _is_tie(out, place)])
     return out.select(range(limit)) if limit is not None and limit < len(out) else out

@@ -6,7 +6,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flowalign.data.remote import Place, Remote
@@ -179,6 +179,23 @@ class Comparison:
             check_weights(self.objective_weights)
             told = ("weights", *(f"{name}={value:.6f}" for name, value in sorted(self.objective_weights.items())))
         object.__setattr__(self, "id", key63(self.prompt, *(image.name for image in self.images), *masks, *told))
+
+    def reversed(self) -> Comparison:
+        """The judgement of somebody of the opposite taste: the worst picture first, scores with their sign turned.
+
+        How sure it is, and by how much one is better, stays; a picture that was judged alone is wanted as often as it was not.
+        """
+        turned: dict[str, Any] = {"images": self.images[::-1], "num_chosen": max(len(self.images) - self.num_chosen, 1)}
+        for name in ("generator", "seed", "noise", "mask"):
+            values = getattr(self, name)
+            turned[name] = None if values is None else values[::-1]
+        if self.scores is not None:
+            turned["scores"] = {name: tuple(-value for value in values[::-1]) for name, values in self.scores.items()}
+        if self.grades is not None:
+            turned["grades"] = tuple(max(self.grades) + min(self.grades) - value for value in self.grades[::-1])
+        if len(self.images) == 1:
+            turned["preference"] = 1 - self.preference
+        return replace(self, **turned)
 
     @property
     def in_row(self) -> bool:

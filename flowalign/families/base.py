@@ -61,6 +61,9 @@ class Family(ABC):
     """Picture sides must be multiples of this."""
     lora_targets: tuple[str, ...]
     """Module names that LoRA adapts unless told otherwise."""
+    negative: str | None = None
+    """Rows of a guided pipeline's call to its denoiser that are the negative prompts': the first half, or the last; None where
+    it calls for them apart, or not at all."""
     timesteps: str = "stratified"
     """How training times are drawn unless told otherwise; a name in `align.timesteps.TIMESTEPS`."""
 

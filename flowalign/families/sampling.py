@@ -81,12 +81,16 @@ def _family(pipeline: Any) -> type[Family]:
     return plugins.load("families", family_of(type(pipeline).__name__))
 
 
-def generator_id(pipeline: Any) -> str:
-    """What drew a picture: 12 hex digits over all weights, adapters, tokenizers, what steers it, the scheduler's settings."""
+def generator_id(pipeline: Any, *others: Any) -> str:
+    """What drew a picture: 12 hex digits over all weights, adapters, tokenizers, what steers it, the scheduler's settings.
+
+    others: modules and JSON values that had a part in it and that the pipeline does not hold.
+    """
     parts = [part for _, part in sorted(pipeline.components.items()) if part is not None]
     return digest(
         *(part if isinstance(part, nn.Module) or hasattr(part, "backend_tokenizer") else dict(part.config) for part in parts),
         *(() if (steering := steering_of(pipeline)) is None else (steering.fingerprint,)),
+        *others,
     )[:12]
 
 

@@ -22,6 +22,7 @@ class StableDiffusion(LatentFamily):
     component = "unet"
     pipeline_classes = ("StableDiffusionPipeline",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
+    negative = "first"
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, located: Located, dtype: torch.dtype, parts: Parts = load_parts) -> None:

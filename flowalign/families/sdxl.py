@@ -17,6 +17,7 @@ class StableDiffusionXL(StableDiffusion):
 
     name = "sdxl"
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    negative = "first"
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ class ZImage(FlowFamily):
     name = "z_image"
     pipeline_classes = ("ZImagePipeline",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    negative = "last"
     text_parts = ("text_encoder", "tokenizer")
 
     @classmethod

@@ -117,7 +117,7 @@ def _open(config: Config, source: str, limit: int | None) -> Comparisons:
     data = config.data
     if not Path(source).exists() and (data.format in ("auto", "datasets") or "://" in source):
         raise DataError(f"{source!r} is not on this disk, and plan fetches nothing")
-    return open_comparisons(source, format=data.format, columns=data.columns, split=data.split, limit=limit)
+    return open_comparisons(source, format=data.format, columns=data.columns, split=data.split, order=data.order, limit=limit)
 
 
 def _kind(source: Comparisons) -> tuple[int, int]:

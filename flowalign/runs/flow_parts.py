@@ -28,7 +28,7 @@ from flowalign.flow.spaces import Space
 from flowalign.rng import key
 from flowalign.runs.flow_fit import Material
 from flowalign.runs.flow_pairs import write_pairs
-from flowalign.sources import cache_folder
+from flowalign.sources import cache_folder, open_source
 from flowalign.train.ranks import Ranks
 
 PAIRS = "pairs.jsonl"
@@ -222,10 +222,8 @@ def _open(config: FlowConfig, folder: Path, source: str, ranks: Ranks) -> Compar
         if ranks.main:
             write_pairs(config.scores, folder / PAIRS, config.seed)
         ranks.wait()
-        return open_comparisons(folder / PAIRS, tie_policy=data.tie_policy, limit=data.limit)
-    return open_comparisons(
-        source, format=data.format, columns=data.columns, split=data.split, tie_policy=data.tie_policy, limit=data.limit
-    )
+        return open_comparisons(folder / PAIRS, tie_policy=data.tie_policy, order=data.order, limit=data.limit)
+    return open_source(data, source, data.limit)
 
 
 def _split(config: FlowConfig, folder: Path, train: Comparisons, ranks: Ranks) -> tuple[Comparisons, tuple[Any, Any]]:
@@ -233,7 +231,5 @@ def _split(config: FlowConfig, folder: Path, train: Comparisons, ranks: Ranks) -
     data = config.data
     if data.validation is None:
         return train, split_by_prompt(train, data.held_out, config.train.seed)
-    held = open_comparisons(
-        data.validation, format=data.format, columns=data.columns, split=data.split, tie_policy=data.tie_policy
-    )
+    held = open_source(data, data.validation, None)
     return held, (range(len(train)), range(len(held)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.device import choose_device
+from flowalign.errors import ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
@@ -15,11 +16,12 @@ from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_image
 from flowalign.families.steer import steered
 from flowalign.files import write_text
 from flowalign.runs.folders import judges_of, report
+from flowalign.runs.mixing import open_mixed
 from flowalign.settings import Config
 
 
 def generate(
-    checkpoint: str,
+    checkpoint: str | None,
     prompts: Sequence[str],
     *,
     seeds: Sequence[int] = (0,),
@@ -32,22 +34,36 @@ def generate(
     device: str = "auto",
     weights: Mapping[str, float] | None = None,
     flow: str | None = None,
+    mix: Mapping[str, float] | None = None,
+    negative: str | None = None,
+    negative_strength: float = 1.0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
 
     weights: of the objectives that the run was steered with, by name and in any scale; None draws without, as diffusers does
     that loads the run's weights. flow: the run folder of a flow to move them along; what was drawn is then in `out/before`.
+    mix: instead of a checkpoint, runs and their shares in the mean of predictions. negative: a run to move away from, such as
+    one of reversed preferences, in place of the negative prompt's prediction; with a strength of 0 it is not asked.
     """
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
-    pipeline = open_checkpoint(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
-    if weights is not None:
-        steered(pipeline, checkpoint, weights)
+    opening = {"dtype": PRECISIONS[precision], "device": choose_device(device)}
+    if (checkpoint is None) != bool(mix):
+        raise ConfigError("pictures are drawn by one checkpoint or by a mix of several; give one of the two.")
+    if mix or (negative is not None and negative_strength):
+        if weights is not None:
+            raise ConfigError("weights steer one run alone; leave the mix and the negative run out, or the weights.")
+        shares = mix or {str(checkpoint): 1.0}
+        left = negative if negative_strength else None
+        pipeline, name = open_mixed(shares, left, negative_strength, guidance=guidance, **opening)
+    else:
+        pipeline, name = open_checkpoint(str(checkpoint), **opening), None
+        if weights is not None:
+            steered(pipeline, str(checkpoint), weights)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn = out if flow is None else out / "before"
-    paths = write_images(
-        drawn, pipeline, [p for p, _ in wanted], [s for _, s in wanted], settings, batch_size=batch_size, progress=progress
-    )
+    texts, starts = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
+    paths = write_images(drawn, pipeline, texts, starts, settings, generator=name, batch_size=batch_size, progress=progress)
     if flow is not None:
         from flowalign.runs.flows import apply_flow
 

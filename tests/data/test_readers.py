@@ -164,6 +164,15 @@ def test_ties_are_kept_as_soft_labels_or_dropped(pictures: Path) -> None:
     assert len(open_comparisons(path, tie_policy="drop", limit=2)) == 2
 
 
+def test_an_order_can_be_reversed(pictures: Path) -> None:
+    votes = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)]
+    path = write_jsonl(pictures / "votes.jsonl", [PICK | {"label_0": a, "label_1": b} for a, b in votes])
+    given, other = open_comparisons(path), open_comparisons(path, order="reversed")
+    assert [each.images for each in other] == [each.images[::-1] for each in given]
+    assert [each.images for each in other.select([1])] == [given[1].images[::-1]]
+    assert len(open_comparisons(path, order="reversed", tie_policy="drop")) == 2
+
+
 def test_columns_can_be_named(pictures: Path) -> None:
     row = {"text": "a cat", "good": "20.png", "poor": "10.png"}
     path = write_jsonl(pictures / "votes.jsonl", [row])
@@ -348,6 +357,7 @@ def test_a_hub_id_without_a_network_is_one_sentence() -> None:
     [
         ({"format": "csv"}, "format is 'csv'; allowed: auto"),
         ({"tie_policy": "win"}, "tie_policy is 'win'; allowed: drop, soft"),
+        ({"order": "worst"}, "order is 'worst'; allowed: given, reversed"),
         ({"limit": 0}, "limit is 0"),
     ],
 )

@@ -26,6 +26,31 @@ def test_the_id_depends_on_prompt_and_order_and_on_nothing_else() -> None:
     assert len({pair.id, Comparison("a dog", (A, B)).id, Comparison("a cat", (B, A)).id, Comparison("a cat", (A, C)).id}) == 4
 
 
+def test_the_opposite_taste_has_the_worst_picture_first() -> None:
+    group = Comparison(
+        "a cat",
+        (A, B, C),
+        num_chosen=2,
+        scores={"style": (3.0, 2.0, 0.5)},
+        margin=0.25,
+        preference=0.9,
+        grades=(4.0, 3.0, 1.0),
+        generator=("x", "y", "z"),
+        seed=(1, 2, 3),
+        annotator="ann",
+        source="votes:1",
+    )
+    found = group.reversed()
+    assert (found.images, found.num_chosen, found.seed, found.generator) == ((C, B, A), 1, (3, 2, 1), ("z", "y", "x"))
+    assert found.scores == {"style": (-0.5, -2.0, -3.0)}
+    assert found.grades == (4.0, 2.0, 1.0), "the gaps between neighbours, the other way round"
+    assert (found.preference, found.margin, found.annotator, found.source) == (0.9, 0.25, "ann", "votes:1")
+    assert found.reversed() == group
+    assert found.id == Comparison("a cat", (C, B, A), num_chosen=1).id != group.id
+    alone = Comparison("a cat", (A,), preference=0.75).reversed()
+    assert (alone.images, alone.num_chosen, alone.preference) == ((A,), 1, 0.25)
+
+
 def test_the_id_is_pinned() -> None:
     """A change would give every comparison of a resumed run other noise."""
     assert key63("a cat", "a", "b") == Comparison("a cat", (A, B)).id == 2842789130477721158

@@ -37,7 +37,7 @@ def trained(settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFa
         "whole": ("trainable.kind=full", "train.learning_rate=1e-4"),
         "other": ("trainable.kind=full", "train.learning_rate=1e-4", "train.seed=5", "objective={name: hinge}"),
     }.items():
-        runs.align(settings(folder / name, *more, "train.steps=2", "data.validation=null", "sample.count=1"), progress=False)
+        runs.align(settings(folder / name, *more, "train.steps=1", "data.validation=null", "sample.count=1"), progress=False)
     return {path.name: path for path in folder.iterdir()}
 
 
