@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from flowalign.data.readers import open_comparisons
+from flowalign.device import choose_device
 from flowalign.errors import ConfigError
-from flowalign.scoring.calibration import Calibration, Measured, read_calibration
+from flowalign.scoring.calibration import SCORES, Calibration, Measured, read_calibration
 from flowalign.scoring.calibration import calibrate as fit
+from flowalign.scoring.features import Seen
 from flowalign.scoring.labelled import match
 from flowalign.scoring.table import read_table
 
@@ -26,17 +28,21 @@ def calibrate(
     pairs: str | None = None,
     method: str | None = None,
     fuse: bool = False,
+    general: str | None = None,
     ties: str = "half",
     by: str | None = None,
     weights: Mapping[str, float] | None = None,
     fitted: Path | None = None,
     out: Path | None = None,
     seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Make a table's rewards comparable: fit a calibration, or take what was `fitted`, and write the table with new columns.
 
     base: a table of another generator's pictures of the same prompts, over which win rates are. pairs: labelled comparisons
-    whose pictures are in the table. method, fuse, ties: see `scoring.calibration.calibrate`. by, weights: how rewards are
+    whose pictures are in the table. method, fuse, ties: see `scoring.calibration.calibrate`. general: fit a general preference
+    model too, on "scores", or on what the tower of a reward sees, named as `score` takes it. by, weights: how rewards are
     combined, see `scoring.combine.combined`. out: a .json file for the calibration, or a .parquet
     file for the new table, with the calibration beside it; what is not named is NAME-calibrated beside the table. Raises
     UserError.
@@ -44,14 +50,21 @@ def calibrate(
     new, saved = _files(table, fitted, out)
     scores = read_table(table)
     labelled = None
+    seen = None if general in (None, SCORES) else Seen(str(general), choose_device(device), progress=progress)
     if fitted is not None:
-        if pairs is not None or fuse or method is not None or ties != "half":
-            raise ConfigError(f"{fitted} is fitted already, and pairs, method, fuse and ties fit; leave them out.")
+        if pairs is not None or fuse or method is not None or ties != "half" or general == SCORES:
+            raise ConfigError(
+                f"{fitted} is fitted already, and pairs, method, fuse, general scores and ties fit; leave them out."
+            )
         found = read_calibration(fitted)
+        if seen is not None and (found.general is None or found.general.source != seen.fingerprint):
+            raise ConfigError(f"{fitted} holds no general preference model on the tower of {general}; calibrate again with it.")
     else:
         labelled = None if pairs is None else match(scores, open_comparisons(pairs))
-        found = fit(scores, labelled, method=method, fuse=fuse, ties=ties, seed=seed)
-    done = found.apply(scores, base=None if base is None else read_table(base), by=by, weights=weights)
+        told = {} if seen is None else {"features": seen(scores)} if labelled is not None else {}
+        source = general if seen is None else seen.fingerprint
+        found = fit(scores, labelled, method=method, fuse=fuse, general=source, ties=ties, seed=seed, **told)
+    done = found.apply(scores, base=None if base is None else read_table(base), by=by, weights=weights, features=seen)
     done.write(new)
     if fitted is None:
         found.write(saved)
@@ -73,7 +86,11 @@ def calibrate(
         "without_combined": alone,
         "labelled_pairs": None if labelled is None else labelled.given,
         "matched_pairs": None if labelled is None else len(labelled),
-        **{key: value for key, value in asdict(found).items() if key in ("method", "pairs", "rewards", "fusion", "fused")},
+        **{
+            key: value
+            for key, value in asdict(found).items()
+            if key in ("method", "pairs", "rewards", "fusion", "fused", "generalised")
+        },
         "summary": "\n".join([*lines, f"table: {new}"]),
     }
 
@@ -115,6 +132,8 @@ def page(found: Calibration) -> list[str]:
             rows += [(name, "raw", each.before), ("", found.method if each.ties is None else each.ties.kind, each.after)]
     if found.fused:
         rows.append(("fused", "logistic", found.fused))
+    if found.generalised:
+        rows.append(("general", "cycles too", found.generalised))
     if rows:
         lines += ["", *_table(rows), "95 % intervals over prompts; what was fitted is measured on prompts that it did not see"]
     if found.fusion is not None:

@@ -18,6 +18,7 @@ from flowalign.files import write_text
 from flowalign.scoring.calibrate import LINKS, Link, fit_link, folds_of, reliability, win_rate, with_intervals
 from flowalign.scoring.combine import combined, disagreement
 from flowalign.scoring.fusion import Fusion, fit_fusion
+from flowalign.scoring.general import General, fit_held_out, pool_rates
 from flowalign.scoring.labelled import Labelled
 from flowalign.scoring.table import CALIBRATED, ScoreTable
 from flowalign.scoring.ties import LAWS, Ties, fit_ties
@@ -25,6 +26,8 @@ from flowalign.scoring.ties import LAWS, Ties, fit_ties
 VERSION = 1
 METHODS = ("winrate", *LINKS)
 TIES = ("half", *LAWS)
+SCORES = "scores"
+"""Of a general preference model that reads the table's rewards."""
 FEWEST = 20
 """Labelled pairs below which nothing is fitted."""
 Array = NDArray[np.float64]
@@ -64,6 +67,10 @@ class Calibration:
     fusion: Fusion | None = None
     fused: Measured = field(default_factory=dict)
     """How good the fusion is, out of fold."""
+    general: General | None = None
+    """A general preference model, which can hold cycles."""
+    generalised: Measured = field(default_factory=dict)
+    """How good it is, out of fold."""
 
     def apply(
         self,
@@ -72,16 +79,19 @@ class Calibration:
         base: ScoreTable | None = None,
         by: str | None = None,
         weights: Mapping[str, float] | None = None,
+        features: Callable[[ScoreTable], Array] | None = None,
     ) -> ScoreTable:
-        """The table with calibrated.R, combined and disagreement.
+        """The table with calibrated.R, combined and disagreement, and general where such a model was fitted.
 
         Every picture is held against the others of its prompt, or, with `base`, against the base generator's pictures of that
-        prompt. by, weights: see `combine.combined`; None is fused where there is a fusion, else mean. Raises DataError for a
-        reward that is another one than was calibrated, and for weights of others than the table's rewards.
+        prompt. by, weights: see `combine.combined`; None is general where there is such a model, fused where there is a fusion,
+        else mean. features: what a tower sees in a table's pictures, for a general model that was fitted on that. Raises
+        DataError for a reward that is another one than was calibrated, and for weights of others than the table's rewards.
         """
         for name in table.rewards:
             self._check(table, name)
-        for name in dict.fromkeys((*table.rewards, *(self.fusion.rewards if self.fusion else ()))):
+        also = (*(self.fusion.rewards if self.fusion else ()), *(self.general.features if self.general else ()))
+        for name in dict.fromkeys((*table.rewards, *also)):
             for each in (table, base):
                 if each is not None and name not in each.cards:
                     which = "base table" if each is base else "table"
@@ -100,10 +110,27 @@ class Calibration:
         }
         calibrated = table.having(columns)
         fused = None if self.fusion is None else rates(partial(_utility, self.fusion), expit)
-        way = by or ("mean" if self.fusion is None else "fused")
+        general = None
+        if self.general is not None:
+            seen = self._features(features)
+            general = pool_rates(self.general, seen(table), groups, None if base is None else seen(base), theirs)
+        way = by or ("general" if general is not None else "mean" if fused is None else "fused")
         values = calibrated.calibrated()
-        one = combined(way, values, [*groups.values()], rewards=table.rewards, fused=fused, weights=weights)
-        return calibrated.having({"combined": one, "disagreement": disagreement(values)})
+        known = {"fused": fused, "general": general, "rewards": table.rewards, "weights": weights}
+        columns = {"combined": combined(way, values, [*groups.values()], **known), "disagreement": disagreement(values)}
+        return calibrated.having(columns | ({} if general is None else {"general": general}))
+
+    def _features(self, features: Callable[[ScoreTable], Array] | None) -> Callable[[ScoreTable], Array]:
+        """What the general model reads of a table."""
+        model = self.general
+        if model is not None and model.source == SCORES:
+            return lambda table: np.stack([table.oriented(name) for name in model.features], axis=1)
+        if features is None:
+            raise DataError(
+                "the general preference model was fitted on what a tower sees in the pictures; name the reward with that tower "
+                "by --general."
+            )
+        return features
 
     def _check(self, table: ScoreTable, name: str) -> None:
         if name not in self.rewards:
@@ -162,7 +189,11 @@ def _parsed(about: Mapping[str, Any]) -> Calibration:
     fusion = about["fusion"]
     if fusion is not None:
         fusion = Fusion(**{name: tuple(value) if isinstance(value, list) else value for name, value in fusion.items()})
-    return Calibration(rewards, about["method"], about["pairs"], fusion, about["fused"])
+    general = about.get("general")  # files of before hold none
+    if general is not None:
+        told = {name: tuple(value) if isinstance(value, list) else value for name, value in general.items()}
+        general = General(**told | {"weights": tuple(map(tuple, general["weights"]))})
+    return Calibration(rewards, about["method"], about["pairs"], fusion, about["fused"], general, about.get("generalised", {}))
 
 
 def calibrate(
@@ -171,6 +202,8 @@ def calibrate(
     *,
     method: str | None = None,
     fuse: bool = False,
+    general: str | None = None,
+    features: Array | None = None,
     ties: str = "half",
     folds: int = 5,
     seed: int = 0,
@@ -178,6 +211,8 @@ def calibrate(
     """Fit every reward of the table: on labelled pairs where there are some, else by the spread of scores within prompts.
 
     method: one of `METHODS`; None is temperature with labelled pairs and winrate without. fuse: fit a combination as well.
+    general: fit a general preference model as well, on "scores", the rewards' own, or on `features` `[n, D]` of the table's
+    pictures, of which it is the fingerprint.
     ties: half (a tie is a label of ½), rao_kupper or davidson, whose law takes the place of a temperature where labels hold
     ties. Raises DataError for what does not fit together, where pairs are needed, and where fewer than `FEWEST` of them are in
     the table.
@@ -190,8 +225,8 @@ def calibrate(
         raise DataError(f"ties {ties!r} has a temperature of its own, so method {method!r} does not go with it; leave one out.")
     spread = {name: Link("temperature", slope=1 / _spread(table, name)) for name in table.rewards}
     if labelled is None:
-        if method != "winrate" or fuse:
-            what = "a fusion" if fuse else f"method {method!r}"
+        if method != "winrate" or fuse or general is not None:
+            what = "a general preference model" if general is not None else "a fusion" if fuse else f"method {method!r}"
             raise DataError(f"{what} is fitted on labelled pairs and there are none; give --pairs FILE.")
         return Calibration({name: Fitted(table.cards[name].fingerprint, link) for name, link in spread.items()})
     difference, label, prompts = _differences(table, labelled)
@@ -214,14 +249,22 @@ def calibrate(
     if fuse:
         fusion, held = fit_fusion(table.rewards, difference, label, prompts, folds=folds, seed=seed)
         fused = quality(held.probability, label, prompts, seed)
-    return Calibration(rewards, method, len(label), fusion, fused)
+    model, told = None, {}
+    if general is not None:
+        names = table.rewards if features is None else ()
+        x = np.stack([table.oriented(name) for name in names], axis=1) if features is None else features
+        used = _complete(table, labelled)
+        rows = [each[used] for each in (labelled.first, labelled.second)]
+        model, out = fit_held_out(x, *rows, label, prompts, source=general, names=names, folds=folds, seed=seed)
+        told = quality(out, label, prompts, seed)
+    return Calibration(rewards, method, len(label), fusion, fused, model, told)
 
 
 def _differences(table: ScoreTable, labelled: Labelled) -> tuple[Array, Array, list[str]]:
     """Differences `[n, K]`, labels `[n]` and prompts of the pairs of which every reward scored both pictures."""
     scores = np.stack([table.oriented(name) for name in table.rewards], axis=1)
     difference = scores[labelled.first] - scores[labelled.second]
-    whole = ~np.isnan(difference).any(1)
+    whole = _complete(table, labelled)
     prompts = [prompt for prompt, kept in zip(labelled.prompts, whole, strict=True) if kept]
     if whole.sum() < FEWEST or len({*prompts}) < 2:
         raise DataError(
@@ -229,6 +272,12 @@ def _differences(table: ScoreTable, labelled: Labelled) -> tuple[Array, Array, l
             f"every reward here; score the pairs' own pictures, at least {FEWEST} pairs of 2 prompts."
         )
     return difference[whole], labelled.label[whole], prompts
+
+
+def _complete(table: ScoreTable, labelled: Labelled) -> NDArray[np.bool_]:
+    """`[n]` pairs of which every reward scored both pictures."""
+    scored = ~np.isnan(np.stack([table.oriented(name) for name in table.rewards], axis=1)).any(1)
+    return scored[labelled.first] & scored[labelled.second]
 
 
 def out_of_fold(

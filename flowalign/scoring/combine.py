@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flowalign.errors import DataError, allowed
 
 Array = NDArray[np.float64]
-WAYS = ("mean", "sum", "min", "majority", "fused")
+WAYS = ("mean", "sum", "min", "majority", "fused", "general")
 
 
 def combined(
@@ -20,14 +20,16 @@ def combined(
     *,
     rewards: Sequence[str] = (),
     fused: Array | None = None,
+    general: Array | None = None,
     weights: Mapping[str, float] | None = None,
 ) -> Array:
     """Calibrated scores `[n, K]` -> `[n]`, higher is better; NaN where a reward gave none.
 
     mean: of the rewards. sum: with `weights` of the `rewards`, 1 each if left out. min: the worst reward. majority: the share
     of the prompt's other pictures (`groups` holds each prompt's rows) over which most rewards put it, half for a draw of votes
-    (BalancedDPO, 2503.12575). fused: the win rates `[n]` of a fusion of raw scores. Raises DataError for another way, fused
-    without a fusion, weights without sum or of a reward that is not there.
+    (BalancedDPO, 2503.12575). fused: the win rates `[n]` of a fusion of raw scores. general: those of a general preference
+    model. Raises DataError for another way, fused or general without what was fitted for it, weights without sum or of a reward
+    that is not there.
     """
     if by not in WAYS:
         raise DataError(f"scores are combined by {by!r}; {allowed(by, WAYS)}.")
@@ -43,6 +45,12 @@ def combined(
         if fused is None:
             raise DataError("scores are combined by 'fused' and nothing was fused; calibrate with --pairs FILE --fuse.")
         return fused
+    if by == "general":
+        if general is None:
+            raise DataError(
+                "scores are combined by 'general' and no such model was fitted; calibrate with --pairs and --general."
+            )
+        return general
     out = np.full(len(calibrated), np.nan)
     for rows in groups:
         known = rows[~np.isnan(calibrated[rows]).any(1)]

@@ -36,20 +36,23 @@ def test_a_draw_of_votes_is_half_a_win() -> None:
     assert combined("majority", scores, [np.arange(3)]).tolist() == [0.75, 0.75, 0.0]
 
 
-@pytest.mark.parametrize("by", [way for way in WAYS if way != "fused"])
+@pytest.mark.parametrize("by", [way for way in WAYS if way not in ("fused", "general")])
 def test_missing_scores_stay_missing(by: str) -> None:
     assert np.isnan(combined(by, CALIBRATED, GROUPS)[4])
 
 
-def test_fused_rates_are_passed_on() -> None:
+def test_fitted_rates_are_passed_on() -> None:
     rates = np.array([0.1, 0.2, 0.3, np.nan, 0.5])
     assert combined("fused", CALIBRATED, GROUPS, fused=rates) is rates
+    assert combined("general", CALIBRATED, GROUPS, general=rates) is rates
     with pytest.raises(DataError, match="nothing was fused"):
         combined("fused", CALIBRATED, GROUPS)
+    with pytest.raises(DataError, match="no such model was fitted"):
+        combined("general", CALIBRATED, GROUPS)
 
 
 def test_other_ways_and_weights_are_refused() -> None:
-    with pytest.raises(DataError, match="combined by 'product'; allowed: fused, majority, mean, min, sum"):
+    with pytest.raises(DataError, match="combined by 'product'; allowed: fused, general, majority, mean, min, sum"):
         combined("product", CALIBRATED, GROUPS)
     with pytest.raises(DataError, match="a weight is given for 'd'"):
         combined("sum", CALIBRATED, GROUPS, rewards=REWARDS, weights={"d": 1.0})
