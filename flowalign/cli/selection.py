@@ -10,8 +10,8 @@ from flowalign.cli.arguments import PRECISIONS, Command, natural, positive, scal
 
 METHODS = ("winrate", "temperature", "platt", "isotonic")
 TIES = ("half", "rao_kupper", "davidson")
-WAYS = ("mean", "sum", "min", "majority", "fused")
-PICKERS = ("best_worst", "margin", "frs", "intersection", "majority", "random", "steered")
+WAYS = ("mean", "sum", "min", "majority", "fused", "general")
+PICKERS = ("best_worst", "margin", "frs", "intersection", "majority", "random", "rso", "steered")
 ORDERS = ("explicit", "implicit", "potential")
 FORMATS = ("auto", "folder", "jsonl", "parquet", "webdataset", "datasets")
 
@@ -23,8 +23,11 @@ def add(command: Command) -> None:
     calibrate.add_argument("--pairs", metavar="FILE", help="labelled comparisons of pictures of the table")
     calibrate.add_argument("--method", choices=METHODS, help="%(choices)s; with --pairs temperature, without winrate")
     calibrate.add_argument("--fuse", action="store_true", help="fit a weighted combination of the rewards as well")
+    calibrate.add_argument(
+        "--general", metavar="scores|REWARD", help="fit a preference model that can hold cycles, on scores or a reward's tower"
+    )
     calibrate.add_argument("--ties", choices=TIES, default="half", help="labels that are ties: %(choices)s (%(default)s)")
-    calibrate.add_argument("--by", choices=WAYS, help="how rewards are combined: %(choices)s; with --fuse fused, else mean")
+    calibrate.add_argument("--by", choices=WAYS, help="%(choices)s; by default what was fitted last, else mean")
     calibrate.add_argument("--weights", type=_weight, nargs="+", default=[], metavar="REWARD=W", help="of --by sum")
     calibrate.add_argument("--apply", type=Path, dest="fitted", metavar="JSON", help="fit nothing: an earlier calibration")
     calibrate.add_argument(
@@ -47,7 +50,9 @@ def add(command: Command) -> None:
     select.add_argument("--objectives", nargs="+", default=[], metavar="REWARD", help="steered: rewards to weigh (all)")
     select.add_argument("--alpha", type=scale, default=1.0, help="steered: weights are Dirichlet of so much each (%(default)s)")
     select.add_argument("--draws", type=positive, default=4, metavar="N", help="steered: weights a prompt (%(default)s)")
-    select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random and steered (%(default)s)")
+    select.add_argument("--temperature", type=scale, default=0.5, metavar="B", help="of rso, in the score's unit (%(default)s)")
+    select.add_argument("--labels", choices=("votes", "rates"), default="votes", help="%(choices)s (%(default)s)")
+    select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random, rso and steered (%(default)s)")
 
     margins = command("margins", _margins, "Add to comparisons by how much a model prefers the chosen picture already.")
     margins.add_argument("checkpoint", metavar="MODEL", help="a checkpoint, or a run folder")
@@ -72,7 +77,7 @@ def add(command: Command) -> None:
 def _calibrate(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    names = ("base", "pairs", "method", "fuse", "ties", "by", "fitted", "out", "seed")
+    names = ("base", "pairs", "method", "fuse", "general", "ties", "by", "fitted", "out", "seed")
     found = {name: getattr(options, name) for name in names}
     return runs.calibrate(options.table, **found, weights=dict(options.weights))
 
@@ -81,7 +86,7 @@ def _select(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
     names = ("by", "out", "score", "most", "least", "ties", "tie_width", "weights", "ratio", "potential_weight")
-    own = ("objectives", "alpha", "draws", "seed")
+    own = ("objectives", "alpha", "draws", "temperature", "labels", "seed")
     return runs.select(options.source, **{name: getattr(options, name) for name in (*names, *own)})
 
 

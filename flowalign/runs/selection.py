@@ -14,7 +14,7 @@ from flowalign.errors import ConfigError, RunError, allowed
 from flowalign.scoring.comparisons import TIES, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
-from flowalign.scoring.select import PICKERS
+from flowalign.scoring.select import PICKERS, TEMPERATURE
 from flowalign.scoring.steered import STEERED, steered
 from flowalign.scoring.table import is_table, read_table
 
@@ -40,6 +40,8 @@ def select(
     objectives: Sequence[str] = (),
     alpha: float = 1.0,
     draws: int = 4,
+    temperature: float = TEMPERATURE,
+    labels: str = "votes",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write comparisons that `align` reads: pairs of a score table, or the most telling ones of a file of comparisons.
@@ -48,7 +50,8 @@ def select(
     weights `objectives`, `alpha` and `draws` set, see `scoring.steered.steered`; or comparisons, and `by` one
     of `order.ORDERS`. score, most, least, ties, tie_width: see `scoring.comparisons.pick`. weights: "histogram" lets pairs with
     rare gaps count more. ratio: share of the comparisons that is kept, the first by the order; None is 0.4 where `by` is
-    an order, else all. potential_weight: w of the alignment potential. Raises UserError, and RunError where nothing is left.
+    an order, else all. potential_weight: w of the alignment potential. temperature: β of rso. labels: votes, or rates, see
+    `scoring.comparisons.select`. Raises UserError, and RunError where nothing is left.
     """
     for what, value, choices in (("by", by, BY), ("ties", ties, TIES), ("weights", weights, WEIGHTS)):
         if value not in choices:
@@ -63,11 +66,15 @@ def select(
                 "best_worst from it, run flowalign margins on that, and select from what it writes."
             )
         table, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
+        if temperature <= 0:
+            raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
             found = steered(table, objectives, alpha=alpha, draws=draws, least=least, seed=seed)
             rows = rows_of(table, found, "combined" if "combined" in table.data.column_names else table.rewards[0])
         else:
-            rows = select_pairs(table, picker, score=score, most=most, least=least, ties=ties, tie_width=tie_width, seed=seed)
+            how = {"least": least, "ties": ties, "tie_width": tie_width, "seed": seed}
+            how |= {"temperature": temperature, "labels": labels}
+            rows = select_pairs(table, picker, score=score, most=most, **how)  # type: ignore[arg-type]
         if by == "explicit" or ratio is not None:
             gaps = np.array([row["margin"] for row in rows])
             rows = [rows[place] for place in order("explicit", gaps, gaps, [""] * len(rows))[: _count(ratio, len(rows))]]

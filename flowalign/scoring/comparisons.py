@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flowalign.data.writer import can_be_named
 from flowalign.errors import DataError, allowed
-from flowalign.scoring.select import PICKERS, Pool
+from flowalign.scoring.select import PICKERS, TEMPERATURE, Pool
 from flowalign.scoring.table import CALIBRATED, ScoreTable
 
 AMONG = ("frs", "intersection", "majority")
@@ -21,6 +21,7 @@ ONE_A_PROMPT = ("best_worst", "random")
 LEAST = 0.1
 """Of picker margin, unless told otherwise."""
 TIES = ("drop", "keep")
+LABELS = ("votes", "rates")
 Array = NDArray[np.float64]
 
 
@@ -47,14 +48,23 @@ def select(
     ties: str = "drop",
     tie_width: float = 0.0,
     seed: int = 0,
+    temperature: float = TEMPERATURE,
+    labels: str = "votes",
 ) -> list[dict[str, Any]]:
     """Pairs of each prompt's pictures as rows of a comparison file, the better one first; arguments as in `pick`.
 
     Rows have the calibrated scores, `combined` among them where that orders, and the gap of the one score as their margin.
+    labels: votes, or rates: where scores are rates to win, the label is ½ + (P_w − P_l)/2, half the gap being `sppo`'s target.
     Raises DataError for what is not known and for pictures that a file cannot name.
     """
-    found = pick(table, by, score=score, most=most, least=least, ties=ties, tie_width=tie_width, seed=seed)
-    return rows_of(table, found, score)
+    if labels not in LABELS:
+        raise DataError(f"labels are {labels!r}; {allowed(labels, LABELS)}.")
+    how = {"least": least, "ties": ties, "tie_width": tie_width, "seed": seed, "temperature": temperature}
+    found = pick(table, by, score=score, most=most, **how)  # type: ignore[arg-type]
+    if labels == "rates" and (wide := [each.gap for each in found if abs(each.gap) > 1]):
+        raise DataError(f"labels by rates are of scores from 0 to 1, and {score} has a gap of {wide[0]:g}; calibrate first.")
+    rows = rows_of(table, found, score)
+    return rows if labels == "votes" else [row | {"preference": 0.5 + 0.5 * row["margin"]} for row in rows]
 
 
 def pick(
@@ -67,13 +77,14 @@ def pick(
     ties: str = "drop",
     tie_width: float = 0.0,
     seed: int = 0,
+    temperature: float = TEMPERATURE,
 ) -> list[Picked]:
     """Pairs of rows of one prompt.
 
     by: one of `select.PICKERS`. score: what orders pictures: the table's combined column, "raw" (the plain sum of raw scores),
     or a reward. most: pairs of a prompt, the most telling first; None is 1 for `ONE_A_PROMPT`. least: smallest gap; None is
     `LEAST` for margin. ties: of pickers that go by the one score, pairs whose gap is at most `tie_width` are dropped or
-    kept as ties. seed: of random. Pictures that lack a score take no part. Raises DataError.
+    kept as ties. seed: of random and rso. temperature: β of rso. Pictures that lack a score take no part. Raises DataError.
     """
     for what, value, choices in (("by", by, tuple(PICKERS)), ("ties", ties, TIES)):
         if value not in choices:
@@ -85,7 +96,8 @@ def pick(
     picked: list[Picked] = []
     for prompt, every in table.groups().items():
         rows, found = every[known[every]], 0
-        for a, b in PICKERS[by](Pool(prompt, rows, rewards[rows], one[rows], seed)) if len(rows) > 1 else ():
+        pool = Pool(prompt, rows, rewards[rows], one[rows], seed, temperature)
+        for a, b in PICKERS[by](pool) if len(rows) > 1 else ():
             gap = float(one[rows[a]] - one[rows[b]])
             tie = by not in AMONG and gap <= tie_width
             if ties == "keep" if tie else gap >= floor:

@@ -16,6 +16,8 @@ from flowalign.scoring.combine import votes
 
 Array = NDArray[np.float64]
 Pairs = list[tuple[int, int]]
+TEMPERATURE = 0.5
+"""β that Liu et al. 2023, 2309.06657, found best."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Pool:
     """`[N]`, one number for all of them, higher is better."""
     seed: int = 0
     """Of what is drawn by lot."""
+    temperature: float = TEMPERATURE
+    """β of rso, in the unit of `score`."""
 
 
 def best_worst(pool: Pool) -> Pairs:
@@ -102,6 +106,37 @@ def random(pool: Pool) -> Pairs:
     return [(a, b) if pool.score[a] >= pool.score[b] else (b, a) for a, b in pairs]
 
 
+def accepted(score: Array, count: int, temperature: float, rng: np.random.Generator) -> list[int]:
+    """Places of `count` pictures that statistical rejection sampling keeps of `score` `[N]`, in the order of being accepted.
+
+    Pictures of the policy are taken in turn, each accepted with probability exp((r − r_max)/β), r_max being the highest score
+    of those not accepted before this turn, until there are `count`: nearly draws of the policy times exp(r/β), the best policy
+    under a KL penalty β, if many are left. Towards 0, β takes the best ones; towards infinity, any.
+
+    Source: Liu et al. 2023, arXiv 2309.06657, Algorithm 1.
+    """
+    left, out = [int(place) for place in rng.permutation(len(score))], []
+    while left and len(out) < count:
+        best = max(score[place] for place in left)
+        for place in tuple(left):
+            if len(out) < count and rng.random() < np.exp((score[place] - best) / temperature):
+                out.append(place)
+                left.remove(place)
+    return out
+
+
+def rso(pool: Pool) -> Pairs:
+    """Half of the prompt's pictures by statistical rejection sampling, see `accepted`, paired by lot, the better one chosen.
+
+    The lot is that of the prompt and the pool's seed. Two pictures at least are accepted.
+    """
+    rng = np.random.default_rng(key(pool.seed, "rso", pool.prompt))
+    lot = accepted(pool.score, max(2, len(pool.rows) // 2), pool.temperature, rng)
+    lot = [lot[place] for place in rng.permutation(len(lot))]
+    pairs = zip(lot[0::2], lot[1::2], strict=False)
+    return [(a, b) if pool.score[a] >= pool.score[b] else (b, a) for a, b in pairs]
+
+
 def _sorted(pool: Pool, better: NDArray[np.int64], worse: NDArray[np.int64]) -> Pairs:
     order = np.argsort(-(pool.score[better] - pool.score[worse]), kind="stable")
     return [(int(better[place]), int(worse[place])) for place in order]
@@ -119,4 +154,5 @@ PICKERS: dict[str, Callable[[Pool], Pairs]] = {
     "intersection": intersection,
     "majority": majority,
     "random": random,
+    "rso": rso,
 }

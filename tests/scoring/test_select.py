@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from scipy.stats import zscore as scipy_zscore
 
 from flowalign import cli, runs
 from flowalign.data.readers import open_comparisons
-from flowalign.errors import DataError
+from flowalign.errors import ConfigError, DataError
 from flowalign.scoring.calibration import calibrate
 from flowalign.scoring.comparisons import pick
 from flowalign.scoring.order import histogram_weights, order, potential, zscore
-from flowalign.scoring.select import PICKERS, Pool, best_worst, dominates, frs, intersection, majority, margin
+from flowalign.scoring.select import PICKERS, Pool, accepted, best_worst, dominates, frs, intersection, majority, margin
 from flowalign.scoring.table import ScoreTable
 from tests.scoring.pixels import encoded, picture
 from tests.scoring.tables import table_of
@@ -33,6 +34,70 @@ def cases(count: int, seed: int = 0) -> list[np.ndarray]:
     """Small score matrices with many equal numbers in them."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, rng.integers(2, 6), (rng.integers(1, 8), rng.integers(1, 4))) / 5 for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------ rejection sampling
+def test_pictures_are_accepted_with_probability_exp_of_r_less_the_best_over_beta() -> None:
+    """One turn, and all but the sure one left out: of two pictures the second is there by its own chance."""
+    beta, gap, draws = 0.5, 0.4, 4000
+    seen = [accepted(np.array([1.0, 1.0 - gap]), 1, beta, np.random.default_rng(seed)) for seed in range(draws)]
+    # The worse one is first in half of the turns, and then taken with e^(−gap/β); the best one is always taken when met.
+    chance = 0.5 * np.exp(-gap / beta)
+    assert sum(one == [1] for one in seen) / draws == pytest.approx(chance, abs=4 * np.sqrt(chance * (1 - chance) / draws))
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 4.0])
+def test_few_of_many_are_draws_of_the_policy_times_exp_of_r_over_beta(beta: float) -> None:
+    levels, count = np.array([0.0, 0.5, 1.0]), 2000
+    score = np.repeat(levels, 40_000)
+    kept = score[accepted(score, count, beta, np.random.default_rng(0))]
+    weight = np.exp(levels / beta)
+    for level, share in zip(levels, weight / weight.sum(), strict=True):
+        assert (kept == level).mean() == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / count))
+
+
+def test_a_turn_whose_best_was_accepted_goes_by_the_best_that_is_left() -> None:
+    """With a small β the turns take the pictures by rank; with a large one any, and all there are at most."""
+    score = np.array([0.1, 0.9, 0.5, 0.7])
+    assert accepted(score, 4, 1e-6, np.random.default_rng(0)) == [1, 3, 2, 0]
+    assert sorted(accepted(score, 9, 1e9, np.random.default_rng(0))) == [0, 1, 2, 3]
+    firsts = [accepted(score, 1, 1e9, np.random.default_rng(seed))[0] for seed in range(2000)]
+    assert np.bincount(firsts) / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def test_rso_pairs_what_it_accepted_and_belongs_to_prompt_and_seed() -> None:
+    rewards = np.random.default_rng(0).random((12, 1))
+    found = PICKERS["rso"](pool(rewards, seed=3))
+    assert found == PICKERS["rso"](pool(rewards, seed=3))
+    assert len(found) == 3
+    assert len({place for pair in found for place in pair}) == 6
+    assert all(rewards[a] >= rewards[b] for a, b in found)
+    assert len({tuple(PICKERS["rso"](pool(rewards, seed=seed, prompt=p))) for seed in range(3) for p in "ab"}) > 3
+    cold = replace(pool(rewards), temperature=1e-9)
+    best = set(np.argsort(-rewards[:, 0])[:6].tolist())
+    assert {place for pair in PICKERS["rso"](cold) for place in pair} == best
+
+
+def test_labels_by_rates_are_half_the_gap_above_one_half(tmp_path: Path) -> None:
+    table = table_of(["p"] * 3 + ["q"] * 3, {"r": [0.2, 0.9, 0.4, 0.5, 0.6, 0.1]})
+    calibrate(table).apply(table).write(tmp_path / "table.parquet")
+    out = tmp_path / "out.jsonl"
+    runs.select(str(tmp_path / "table.parquet"), by="best_worst", out=out, labels="rates")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in rows:
+        won, lost = row["scores"]["combined"]
+        assert row["preference"] == pytest.approx(0.5 + 0.5 * (won - lost))
+        assert 0.5 < row["preference"] < 1
+    runs.select(str(tmp_path / "table.parquet"), by="best_worst", out=out)
+    assert all("preference" not in json.loads(line) for line in out.read_text().splitlines())
+    wide = table_of(["p"] * 3, {"r": [1.0, 5.0, 9.0]})
+    wide.write(tmp_path / "raw.parquet")
+    with pytest.raises(DataError, match="a gap of 8; calibrate first"):
+        runs.select(str(tmp_path / "raw.parquet"), by="best_worst", score="raw", out=out, labels="rates")
+    with pytest.raises(DataError, match="labels are 'soft'; allowed: rates, votes"):
+        runs.select(str(tmp_path / "table.parquet"), by="best_worst", out=out, labels="soft")
+    with pytest.raises(ConfigError, match="temperature is 0; it must be above 0"):
+        runs.select(str(tmp_path / "table.parquet"), by="rso", out=out, temperature=0.0)
 
 
 # ------------------------------------------------------------------------------------------------ pickers
