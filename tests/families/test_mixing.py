@@ -226,6 +226,13 @@ def test_other_targets_and_both_or_neither_checkpoint_are_refused(
             runs.generate(checkpoint, PROMPTS, mix=shares, out=tmp_path, progress=False)
 
 
+def test_weights_of_a_steered_run_do_not_go_with_others(trained: dict[str, Path], tmp_path: Path) -> None:
+    one, two = str(trained["one"]), str(trained["two"])
+    for more in ({"checkpoint": None, "mix": {one: 0.5, two: 0.5}}, {"checkpoint": one, "negative": two}):
+        with pytest.raises(ConfigError, match="weights steer one run alone"):
+            runs.generate(prompts=PROMPTS, weights={"a": 1.0}, out=tmp_path, progress=False, **more)  # type: ignore[arg-type]
+
+
 def test_whole_models_are_mixed_too(folders: dict[str, Path], tmp_path: Path) -> None:
     base, whole = str(folders["epsilon"]), str(tmp_path / "whole")
     pipeline = open_checkpoint(base)

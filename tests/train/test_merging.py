@@ -259,6 +259,9 @@ def test_runs_of_different_bases_and_folders_in_use_are_refused(
     (other / "config.yaml").write_text(text.replace(str(folders["epsilon"]), str(folders["sample"])))
     with pytest.raises(CheckpointError, match="the runs are of 2 bases"):
         runs.merge([str(trained["one"]), str(other)], out=tmp_path / "out")
+    (other / "config.yaml").write_text(text.replace("steer: null", "steer: {objectives: [a, b]}"))
+    with pytest.raises(CheckpointError, match="one of the runs is steered"):
+        runs.merge([str(trained["one"]), str(other)], out=tmp_path / "out")
     with pytest.raises(ConfigError, match="already holds a run"):
         runs.merge([str(trained["one"]), str(trained["two"])], out=other)
     with pytest.raises(ConfigError, match="runs to merge is 0"):
