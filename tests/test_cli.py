@@ -182,6 +182,15 @@ def test_settings_are_taken_with_dashes_and_underscores(runs: Runs) -> None:
     }
 
 
+def test_weights_are_a_number_for_each_name(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "m", "--prompts", "a", "--weights", "clip=0.7,style=3e-1"]) == 0
+    assert only(runs)[2]["weights"] == {"clip": 0.7, "style": 0.3}
+    for wrong in ("clip", "=1", "clip=-1", "clip=1,,style=2", "clip=1,style"):
+        with pytest.raises(SystemExit):
+            cli.main(["generate", "m", "--prompts", "a", "--weights", wrong])
+        assert "is not" in capsys.readouterr().err
+
+
 def test_underscores_in_values_stay() -> None:
     argv = ["--batch_size=a_b", "--set", "train.batch_size=4", "a_b", "--", "--x_y"]
     assert cli._dashes(argv) == ["--batch-size=a_b", "--set", "train.batch_size=4", "a_b", "--", "--x_y"]

@@ -51,6 +51,13 @@ def test_the_opposite_taste_has_the_worst_picture_first() -> None:
     assert (alone.images, alone.num_chosen, alone.preference) == ((A,), 1, 0.25)
 
 
+def test_the_same_pictures_under_other_weights_are_another_comparison() -> None:
+    weighed = [Comparison("a cat", (A, B), objective_weights={"x": x, "y": 1 - x}) for x in (0.2, 0.3)]
+    same = Comparison("a cat", (A, B), objective_weights={"y": 0.8, "x": 0.2})
+    assert weighed[0].id == same.id
+    assert len({weighed[0].id, weighed[1].id, Comparison("a cat", (A, B)).id}) == 3
+
+
 def test_the_id_is_pinned() -> None:
     """A change would give every comparison of a resumed run other noise."""
     assert key63("a cat", "a", "b") == Comparison("a cat", (A, B)).id == 2842789130477721158
@@ -75,6 +82,10 @@ def test_the_id_is_pinned() -> None:
         ({"scores": {"r": (1.0, math.nan)}}, "finite"),
         ({"seed": (1, 2, 3)}, "seed has 3 entries"),
         ({"grades": (0.0, 1.0)}, "best first"),
+        ({"objective_weights": {}}, "objective_weights are {}; they must be numbers that are not negative and sum to 1"),
+        ({"objective_weights": {"a": 0.7, "b": 0.2}}, "objective_weights are"),
+        ({"objective_weights": {"a": 1.2, "b": -0.2}}, "objective_weights are"),
+        ({"objective_weights": {"a": math.nan, "b": 1.0}}, "objective_weights are"),
     ],
 )
 def test_values_that_mean_nothing(fields: dict[str, Any], message: str) -> None:

@@ -1,0 +1,110 @@
+"""Pairs of one pool under drawn weights: the winner is that of w·R, and w is a Dirichlet's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import dirichlet, kstest
+
+from flowalign import cli
+from flowalign.data.readers import open_comparisons
+from flowalign.errors import ConfigError, DataError
+from flowalign.scoring.steered import drawn_weights, steered
+from flowalign.scoring.table import ScoreTable
+from tests.scoring.pixels import encoded, picture
+from tests.scoring.tables import table_of
+
+PROMPTS = [f"thing {place // 4}" for place in range(20)] + ["alone"]
+
+
+def table(paths: list[str] | None = None) -> ScoreTable:
+    rng = np.random.default_rng(3)
+    scores = rng.random((len(PROMPTS), 3))
+    scores[5, 1] = np.nan  # a picture that one reward could not score
+    raw = {name: scores[:, place] * 10**place for place, name in enumerate(("clip", "style", "size"))}
+    calibrated = {f"calibrated.{name}": scores[:, place] for place, name in enumerate(("clip", "style", "size"))}
+    return table_of(PROMPTS, raw, paths=paths, more={"seed": list(range(len(PROMPTS)))}).having(calibrated)
+
+
+@pytest.mark.parametrize("objectives", [(), ("clip", "style"), ("size", "clip")])
+def test_the_winner_is_that_of_the_weighed_scores(objectives: tuple[str, ...]) -> None:
+    names = objectives or ("clip", "style", "size")
+    scores = table()
+    found = steered(scores, objectives, alpha=0.7, draws=5, seed=2)
+    values = {name: scores.numbers(f"calibrated.{name}") for name in names}
+    place = iter(found)
+    for number in range(5):
+        rows = [row for row in range(4 * number, 4 * number + 4) if not ("style" in names and row == 5)]
+        for draw in range(5):
+            weights = drawn_weights(len(names), 0.7, f"thing {number}", draw, seed=2)
+            total = {row: sum(w * values[name][row] for w, name in zip(weights, names, strict=True)) for row in rows}
+            pair = next(place)
+            assert pair.better == max(total, key=lambda row: total[row])
+            assert pair.worse == min(total, key=lambda row: total[row])
+            assert pair.gap == pytest.approx(max(total.values()) - min(total.values()))
+            assert pair.weights == pytest.approx(dict(zip(names, weights, strict=True)))
+    assert next(place, None) is None
+    assert len({(pair.better, pair.worse) for pair in found}) > 5  # weights matter
+
+
+def test_corners_are_the_best_and_worst_of_one_reward() -> None:
+    scores = table()
+    for pair in steered(scores, ("clip", "size"), alpha=1e-3, draws=8):
+        assert pair.weights is not None
+        name = max(pair.weights, key=lambda each: pair.weights[each])  # type: ignore[index]
+        rows = scores.groups()[PROMPTS[pair.better]]
+        values = scores.numbers(f"calibrated.{name}")
+        assert (pair.better, pair.worse) == (rows[values[rows].argmax()], rows[values[rows].argmin()])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_weights_are_drawn_from_the_dirichlet(alpha: float) -> None:
+    drawn = np.stack([drawn_weights(3, alpha, f"prompt {place}", draw) for place in range(500) for draw in range(4)])
+    law = dirichlet([alpha] * 3)
+    np.testing.assert_allclose(drawn.sum(1), 1)
+    np.testing.assert_allclose(drawn.mean(0), law.mean(), atol=0.03)
+    np.testing.assert_allclose(np.cov(drawn.T), law.cov(), atol=0.02)
+    from scipy.stats import beta
+
+    assert kstest(drawn[:, 0], beta(alpha, 2 * alpha).cdf).pvalue > 1e-3  # each is a Beta's
+
+
+def test_weights_belong_to_seed_prompt_and_draw() -> None:
+    one = drawn_weights(2, 1.0, "a", 0, 0)
+    assert np.array_equal(one, drawn_weights(2, 1.0, "a", 0, 0))
+    others = [drawn_weights(2, 1.0, prompt, draw, seed) for prompt, draw, seed in (("b", 0, 0), ("a", 1, 0), ("a", 0, 1))]
+    assert len({tuple(each) for each in (one, *others)}) == 4
+    assert steered(table(), draws=3)[:3] == steered(table(), draws=6)[:3]  # more draws leave the first ones as they are
+
+
+def test_what_cannot_be_weighed_is_refused() -> None:
+    with pytest.raises(DataError, match="objectives names 'stile', which the table has not scored; did you mean 'style'"):
+        steered(table(), ("clip", "stile"))
+    with pytest.raises(DataError, match="objectives are clip; weights need two different rewards or more"):
+        steered(table(), ("clip",))
+    with pytest.raises(DataError, match="weights need two different rewards"):
+        steered(table(), ("clip", "clip"))
+    with pytest.raises(DataError, match=r"clip is not calibrated.*run flowalign calibrate first"):
+        steered(table_of(["a", "a"], {"clip": [0.1, 0.2], "style": [0.1, 0.2]}))
+    for alpha in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ConfigError, match="alpha is"):
+            steered(table(), alpha=alpha)
+
+
+def test_the_command_writes_comparisons_that_hold_their_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(len(PROMPTS))]
+    for number, path in enumerate(paths):
+        path.write_bytes(encoded(picture(number)))
+    scores = table([str(path) for path in paths])
+    scores.write(tmp_path / "table.parquet")
+    words = ["--by", "steered", "--objectives", "clip", "style", "--alpha", "0.5", "--draws", "3", "--seed", "4"]
+    assert cli.main(["select", str(tmp_path / "table.parquet"), *words, "--out", str(tmp_path / "pairs.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["count"] == 15
+    expected = steered(scores, ("clip", "style"), alpha=0.5, draws=3, seed=4)
+    for pair, comparison in zip(expected, open_comparisons(tmp_path / "pairs.jsonl"), strict=True):
+        assert comparison.objective_weights == pytest.approx(dict(pair.weights or {}))
+        assert [Path(image.name).name for image in comparison.images] == [f"{pair.better}.png", f"{pair.worse}.png"]
+        assert comparison.margin == pytest.approx(pair.gap)
