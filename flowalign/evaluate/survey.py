@@ -36,10 +36,18 @@ class Vote(NamedTuple):
     annotator: str | None
     scores: dict[str, tuple[float, ...]]
     """Reward name -> one score per picture, chosen ones first; {} where the comparison carries none."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of objectives, under which the vote holds."""
 
     @property
     def pictures(self) -> tuple[int, ...]:
         return self.chosen + self.rejected
+
+    @property
+    def question(self) -> str:
+        """What the vote answers: the prompt, and the weights of objectives under which it does."""
+        said = ", ".join(f"{name} {value:g}" for name, value in self.weights)
+        return f"{self.prompt} ({said})" if said else self.prompt
 
     @property
     def is_tie(self) -> bool:
@@ -132,7 +140,8 @@ def survey(
         if preference < 0.5:  # the other side is preferred
             sides, preference = sides[::-1], 1 - preference
             scores = {reward: values[k:] + values[:k] for reward, values in scores.items()}
-        votes.append(Vote(place, comparison.source, comparison.prompt, *sides, preference, comparison.annotator, scores))
+        under = tuple(sorted((comparison.objective_weights or {}).items()))
+        votes.append(Vote(place, comparison.source, comparison.prompt, *sides, preference, comparison.annotator, scores, under))
 
     size = len(refs)
     digests: list[str | None] = [None] * size

@@ -129,6 +129,16 @@ def test_repeats_are_the_same_vote_of_the_same_annotator(votes: Callable[..., Pa
     assert numbers(asked(votes(ties)), "repeated")["drop"] == [1]
 
 
+def test_votes_under_other_weights_of_objectives_neither_repeat_nor_contradict(votes: Callable[..., Path]) -> None:
+    weights = [{"clip": x, "style": 1 - x} for x in (0.25, 0.75)]
+    rows = [pair(0, 1, objective_weights=weights[0]), pair(1, 0, objective_weights=weights[1])]
+    found = asked(votes([*rows, pair(0, 1, objective_weights=weights[1]), pair(0, 1, objective_weights=weights[1])]))
+    assert numbers(found, "repeated")["drop"] == [3]
+    assert numbers(found, "contradictions") == numbers(found, "contradictions") | {"pairs": 2, "both_ways": 1}
+    assert numbers(found, "cycles")["with_cycle"] == 1
+    assert numbers(asked(votes(rows)), "cycles")["with_cycle"] == 0
+
+
 def test_contradictions_and_ties_are_counted(votes: Callable[..., Path]) -> None:
     rows = [pair(0, 1), pair(1, 0), pair(0, 1, "other"), pair(2, 3), pair(3, 2, preference=0.5), pair(4, 5, preference=0.2)]
     found = asked(votes(rows))

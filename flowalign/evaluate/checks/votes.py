@@ -45,7 +45,7 @@ def repeated(survey: Survey) -> Check:
     for vote in filter(survey.readable, survey.votes):
         chosen, rejected = _sides(survey, vote)
         sides = tuple(sorted((chosen, rejected))) if vote.is_tie else (chosen, rejected)
-        key = (vote.prompt, sides, vote.is_tie, vote.annotator)
+        key = (vote.question, sides, vote.is_tie, vote.annotator)
         if key in seen:
             drop[vote.place] = f"repeats {seen[key]}"
         else:
@@ -68,7 +68,7 @@ def contradictions(survey: Survey) -> Check:
     for vote in filter(survey.readable, survey.votes):
         chosen, rejected = _sides(survey, vote)
         if not vote.is_tie and chosen != rejected:
-            votes[vote.prompt, min(chosen, rejected), max(chosen, rejected)].add(chosen < rejected)
+            votes[vote.question, min(chosen, rejected), max(chosen, rejected)].add(chosen < rejected)
     both = sum(len(ways) == 2 for ways in votes.values())
     share = both / max(len(votes), 1)
     says = (
@@ -105,10 +105,10 @@ def has_cycle(better: Mapping[int, Collection[int]]) -> bool:
 
 
 def preference_graphs(survey: Survey) -> dict[str, dict[int, set[int]]]:
-    """Prompt -> {content: contents that it was preferred to}. Ties and equal pictures give no edge."""
+    """Prompt, under its weights -> {content: contents that it was preferred to}. Ties and equal pictures give no edge."""
     graphs: dict[str, dict[int, set[int]]] = {}
     for vote in filter(survey.readable, survey.votes):
-        graph = graphs.setdefault(vote.prompt, {})
+        graph = graphs.setdefault(vote.question, {})
         if not vote.is_tie:
             for winner in vote.chosen:
                 below = {int(survey.content[loser]) for loser in vote.rejected} - {int(survey.content[winner])}
