@@ -36,9 +36,9 @@ class Browser:
         for domain in ("Page", "Runtime", "Log"):
             self._call(f"{domain}.enable")
 
-    def open(self, page: Path) -> None:
-        """Open a file and wait until it has loaded."""
-        self._call("Page.navigate", url=page.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address and wait until it has loaded."""
+        self._call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self.ask("new Promise(done => document.readyState === 'complete' ? done(0) : addEventListener('load', () => done(0)))")
 
     def ask(self, script: str) -> Any:
@@ -62,6 +62,24 @@ class Browser:
         )
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def drag(self, selector: str, start: float, end: float) -> None:
+        """The left button of the mouse held from one place to another along an element, as shares of its width."""
+        left, width, y = self.ask(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
+            "const r = e.getBoundingClientRect(); return [r.x, r.width, r.y + r.height / 2]; })()"
+        )
+        held = {"y": y, "button": "left", "buttons": 1, "clickCount": 1}
+        self._call("Input.dispatchMouseEvent", type="mousePressed", x=left + start * width, **held)
+        for part in range(1, 9):
+            self._call(
+                "Input.dispatchMouseEvent", type="mouseMoved", x=left + (start + (end - start) * part / 8) * width, **held
+            )
+        self._call("Input.dispatchMouseEvent", type="mouseReleased", x=left + end * width, **held | {"buttons": 0})
+
+    def write(self, text: str) -> None:
+        """Text into what has the focus."""
+        self._call("Input.insertText", text=text)
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
         self._count += 1

@@ -1,4 +1,4 @@
-"""The command that serves."""
+"""The commands that serve: an images API, and the page of a steered run."""
 
 from __future__ import annotations
 
@@ -49,14 +49,26 @@ def add(command: Command) -> None:
     serve.add_argument(
         "--model-name", action="extend", nargs="+", default=[], dest="model_names", metavar="NAME", help="of the generator"
     )
-    serve.add_argument("--steps", type=positive, default=25, help="denoising steps (%(default)s)")
-    serve.add_argument("--guidance", type=scale, default=5.0, help="classifier-free guidance scale (%(default)s)")
-    serve.add_argument("--sampler", metavar="NAME", default="default", help="by default the checkpoint's own")
-    serve.add_argument("--precision", choices=PRECISIONS, default="fp32", help="%(choices)s (%(default)s)")
-    serve.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
+    _add_drawing(serve)
     for name, (_, kind, text) in LIMITS.items():
         serve.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+
+    explore = command("explore", _explore, "Open a page with a slider for each objective of a steered run.")
+    explore.add_argument("run", metavar="RUN", help="a run folder with a section steer")
+    explore.add_argument("--prompt", metavar="TEXT", help="that the page begins with; by default one that the run drew")
+    explore.add_argument("--port", type=natural, default=8000, help="of this machine; 0 takes a free one (%(default)s)")
+    explore.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures drawn together (%(default)s)")
+    _add_drawing(explore)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How pictures are drawn, and what is said meanwhile."""
+    parser.add_argument("--steps", type=positive, default=25, help="denoising steps (%(default)s)")
+    parser.add_argument("--guidance", type=scale, default=5.0, help="classifier-free guidance scale (%(default)s)")
+    parser.add_argument("--sampler", metavar="NAME", default="default", help="by default the checkpoint's own")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="%(choices)s (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
 
 
 def _serve(options: argparse.Namespace) -> dict[str, Any]:
@@ -84,3 +96,10 @@ def _serve(options: argparse.Namespace) -> dict[str, Any]:
         "log_level",
     )
     return runs.serve(limits=given, **{name: getattr(options, name) for name in names})
+
+
+def _explore(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    names = ("prompt", "port", "batch_size", "steps", "guidance", "sampler", "precision", "device", "log_level")
+    return runs.explore(options.run, **{name: getattr(options, name) for name in names})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowalign.runs.calibration import calibrate as calibrate
     from flowalign.runs.comparisons import audit as audit
+    from flowalign.runs.exploring import explore as explore
     from flowalign.runs.flow_fit import fit_field as fit_field
     from flowalign.runs.flows import apply_flow as apply_flow
     from flowalign.runs.flows import evaluate_flow as evaluate_flow
@@ -45,6 +46,7 @@ _VERBS = {
     "implicit": ("margins",),
     "comparisons": ("audit",),
     "serving": ("serve",),
+    "exploring": ("explore",),
     "folders": ("report", "export_kohya", "cache_list", "cache_clear"),
 }
 _MODULES = {verb: module for module, verbs in _VERBS.items() for verb in verbs}

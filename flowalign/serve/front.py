@@ -14,6 +14,7 @@ from flowalign.serve.metrics import Metrics
 from flowalign.serve.problems import Problem
 
 ROUTES = ("/v1/images/generations", "/v1/models", "/v1/score", "/healthz", "/readyz", "/metrics", "/openapi.json", "/docs")
+ROUTES += ("/", "/picture")
 GONE = 499
 """Logged and counted where a caller hung up before there was an answer."""
 log = logging.getLogger("flowalign.serve")
