@@ -65,6 +65,48 @@ def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_pat
         torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-6)
 
 
+@pytest.fixture
+def steered(votes: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Settings of a policy that is told weights of two objectives."""
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row |= {side: str(votes.parent / row[side]) for side in ("chosen", "rejected")}
+        row["objective_weights"] = {"red": place / 11, "blue": 1 - place / 11}
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (f"data.train={tmp_path / 'told.jsonl'}", f"data.validation={tmp_path / 'told.jsonl'}")
+    return (*data, "steer={objectives: [red, blue], hidden: 8, dropout: 0.3}")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_steered_policy_in_two_processes_is_that_of_one(settings: Make, tmp_path: Path, steered: tuple[str, ...]) -> None:
+    codes, said = forks("ranks", spread(settings, tmp_path / "run", 2, *steered), tmp_path, 2, free_port())
+    assert codes == {"ranks": 0}, said
+    runs.align(spread(settings, tmp_path / "one", 1, *steered), progress=False)
+    for file in (FILES["lora"], "steer.safetensors"):
+        one, both = (load_file(tmp_path / name / "weights" / file) for name in ("one", "run"))
+        assert one.keys() == both.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-5)
+    assert load_file(tmp_path / "run" / "weights" / "steer.safetensors")["layers.4.weight"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_steered_policy_in_shards_is_that_of_one(
+    settings: Make, tmp_path: Path, root: Path, steered: tuple[str, ...], trainable: str
+) -> None:
+    accelerate = ["accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--main_process_port"]
+    shards = ["--config_file", str(root / "configs" / "accelerate" / "fsdp2.yaml")]
+    more = (*steered, f"trainable.kind={trainable}", "train.learning_rate=1e-5")
+    command = [sys.executable, "-m", *accelerate, str(free_port()), *shards]
+    launched(command, spread(settings, tmp_path / "both", 2, *more), tmp_path)
+    runs.align(spread(settings, tmp_path / "one", 1, *more), progress=False)
+    one, both = (load_file(tmp_path / name / "weights" / "steer.safetensors") for name in ("one", "both"))
+    apart = torch.cat([(one[name] - both[name]).abs().flatten() for name in one])
+    assert one["layers.4.weight"].any()
+    assert (apart > 1e-6).float().mean() < 0.02
+
+
 def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:
     sentence = "the processes of this run are not alike: train.learning_rate is 0.0001 in process 0 and 0.5 in process 1"
     assert two[1].count(f"ConfigError: {sentence}") == 2  # each of them says so
