@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-from flowalign.align.reference import MOVING
+from flowalign.align.reference import BEGINNING
 from flowalign.errors import ConfigError, allowed
 from flowalign.settings import Config, Loop
 
@@ -71,7 +71,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """The same for an alignment, whose settings must suit its processes. Raises ConfigError."""
     accelerator = open_accelerator(config.train, folder)
     several = config.switches.annotator_types > 1
-    if accelerator.is_fsdp2 and (several or config.reference.kind in (*MOVING, "merged")):
+    if accelerator.is_fsdp2 and (several or config.reference.kind in (*BEGINNING, "merged")):
         what = "switches.annotator_types above 1" if several else f"reference.kind {config.reference.kind!r}"
         raise ConfigError(
             f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "

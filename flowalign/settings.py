@@ -99,9 +99,10 @@ class Objective(Section):
 class Reference(Section):
     """The model that the policy is compared with."""
 
-    kind: Literal["auto", "adapters_off", "copy", "ema", "refresh", "merged"] = "auto"
+    kind: Literal["auto", "adapters_off", "copy", "start", "ema", "refresh", "merged"] = "auto"
     """the pretrained model, as the policy with its adapters off or as a frozen copy (auto takes the first where there are
-    adapters); or one that follows the policy: at every step (ema), or every so many (refresh); or several models (merged)"""
+    adapters); or what `trainable.start` names (start); or one that follows the policy from there: at every step (ema), or every
+    so many (refresh); or several models (merged)"""
     decay: Below1 = 0.995
     """ema: what the reference keeps of itself at every step"""
     every: Positive = 100
@@ -169,6 +170,8 @@ class Trainable(Section):
     """scale of the adapters times `rank`; null is `rank`"""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """names of the modules to adapt; null is the family's choice"""
+    start: str | None = None
+    """a run folder from whose weights training begins; null begins at the model itself"""
     gradient_checkpointing: bool = False
     """less memory for more time"""
 

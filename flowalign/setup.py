@@ -26,7 +26,7 @@ from flowalign.align.checks import check
 from flowalign.align.fill import fill_banks
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
-from flowalign.align.reference import MOVING, Following, following, with_reference
+from flowalign.align.reference import BEGINNING, MOVING, Following, following, standing, with_reference
 from flowalign.align.steer import Steered, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
@@ -42,6 +42,7 @@ from flowalign.sources import cache_folder, load_data
 from flowalign.train.optimizer import make_optimizer
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks
+from flowalign.train.start import read_start
 from flowalign.train.trainable import assemble, make_trainable, trained
 
 
@@ -118,7 +119,12 @@ class Prepared:
 
     @property
     def at_start(self) -> PreferenceStep | MixtureStep:
-        """The same held against the model that the policy starts as, which is not what several references say."""
+        """The same held against the model that the policy starts as, which is not what several references say.
+
+        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0.
+        """
+        if self.config.trainable.start is not None:
+            return replace(self, step=replace(self.step, reference=self.policy, bank=None)).full_step
         several = self.config.reference.kind == "merged"
         step = replace(self.step, reference=self.family.denoiser, bank=None) if several else self.step
         return replace(self, step=step).full_step
@@ -222,7 +228,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         "objective": {"name": config.objective.name, **knobs},
         "reference": config.reference.model_dump(mode="json"),
         "switches": config.switches.model_dump(mode="json"),
-        "trainable": config.trainable.model_dump(mode="json"),
+        "trainable": config.trainable.model_dump(mode="json", exclude={"start"}),
         "train": config.train.model_dump(
             mode="json",
             include={"seed", "caption_dropout", "timestep_range", "precision", "optimizer"},
@@ -232,6 +238,10 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     }
     if config.steer is not None:
         about["steer"] = config.steer.model_dump(mode="json")
+    begins = None
+    if config.trainable.start is not None:
+        begins = read_start(config.trainable, config.model, family)
+        about["start"] = begins.fingerprint
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm
@@ -280,16 +290,23 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         stream, folder = pair_stream(config, accelerator, train), cache_folder(config.data.cache)
         bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind == "lora"
+    if begins is not None and not lora and config.reference.kind in BEGINNING:
+        begins.into(frozen)
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
     policy = of_types(policy, config.switches.annotator_types)
     choose_trainable(config, family, policy)
+    if begins is not None:
+        begins.into(policy)
     width = next(sequential(train, 1)).conditioning.tensors[CONTEXT].shape[-1]
     policy = steered_policy(policy, config.steer, width, config.train.seed)
     policy.to(memory_format=layout)
     moving = None
     if config.reference.kind in MOVING:
         reference, moving = following(policy, frozen, config.reference, lora=lora)
-        anchor = compiled(reference) if lora else anchor
+    elif config.reference.kind == "start":
+        reference = standing(policy, frozen, lora=lora)
+    if config.reference.kind in BEGINNING and lora:
+        anchor = compiled(reference)
     optimizer = make_optimizer(config.train, list(trained(policy).values()), accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
     model, optimizer = accelerator.prepare(compiled(policy), optimizer)

@@ -116,6 +116,28 @@ def _moving_reference(facts: Facts) -> Iterator[str]:
         )
 
 
+def _start(facts: Facts) -> Iterator[str]:
+    config = facts.config
+    if config.trainable.start is None:
+        if config.reference.kind == "start":
+            yield (
+                "reference.kind 'start' is what trainable.start names, and that is null; name a run there, or set "
+                "reference.kind=auto."
+            )
+    elif config.switches.annotator_types > 1:
+        yield (
+            f"trainable.start {config.trainable.start} holds one policy, but switches.annotator_types "
+            f"{config.switches.annotator_types} trains one for each type; set trainable.start=null."
+        )
+    elif config.steer is not None:
+        yield (
+            f"trainable.start {config.trainable.start} gives weights to begin at, and what steers a policy begins anew; set "
+            "steer=null, or trainable.start=null."
+        )
+    elif config.reference.kind == "start" and not facts.anchored:
+        yield f"reference.kind 'start' is a reference, but objective.name {facts.name!r} needs none; set reference.kind=auto."
+
+
 def _merged_reference(facts: Facts) -> Iterator[str]:
     settings = facts.config.reference
     if settings.kind != "merged":
@@ -262,6 +284,7 @@ RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     _mask,
     _noise,
     _bare_rows,
+    _start,
     _moving_reference,
     _merged_reference,
     _steer,

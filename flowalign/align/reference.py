@@ -13,6 +13,8 @@ from flowalign.settings import Reference
 
 MOVING = ("ema", "refresh")
 """Kinds of reference that follow the policy."""
+BEGINNING = (*MOVING, "start")
+"""Kinds of reference that are, before the first step, what the policy is then."""
 
 
 def second(module: nn.Module, shared: Iterable[Tensor] | None = None) -> nn.Module:
@@ -26,13 +28,13 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
 
     `adapters_off`: the policy is a second module over the *same* parameter tensors. LoRA layers are then added to it
     alone, so the reference is the policy with its adapters off, costs no memory, and nothing is switched at each step.
-    `copy`: the policy has parameters of its own. `auto` and the moving kinds: `adapters_off` for LoRA, `copy` for a full
-    fine-tune; see `following` for what else a moving one needs.
+    `copy`: the policy has parameters of its own. `auto`, `start` and the moving kinds: `adapters_off` for LoRA, `copy` for a
+    full fine-tune; see `standing` and `following` for what else those need.
     `banked`: the reference's errors are stored, so a full fine-tune takes `denoiser` itself and has no second one, and `merged`
     references, which `merged.open_merged` makes, are not held.
 
     Raises ConfigError for `adapters_off` without LoRA, where the reference would move with the policy, and for a bank of a
-    reference that moves.
+    reference that moves or is not the model itself.
     """
     if kind == "adapters_off" and not lora:
         raise ConfigError(
@@ -43,6 +45,11 @@ def with_reference(denoiser: nn.Module, kind: str, *, lora: bool, banked: bool =
         raise ConfigError(
             f"reference.bank stores what a reference says once and for all, but reference.kind {kind!r} moves; set "
             "reference.bank=null, or reference.kind=auto."
+        )
+    if kind == "start" and banked:
+        raise ConfigError(
+            "reference.bank stores what the model itself says, but reference.kind 'start' is the model as trainable.start left "
+            "it; set reference.bank=null, or reference.kind=auto."
         )
     denoiser.requires_grad_(False)
     if banked and not lora:
@@ -78,15 +85,17 @@ class Following:
         return {f"reference/{name}": tensor for name, tensor in self._reference.items()}
 
 
-def following(policy: nn.Module, frozen: nn.Module, settings: Reference, *, lora: bool) -> tuple[nn.Module, Following]:
-    """(reference, what moves it) for a policy that is ready to train and the pretrained denoiser `frozen`.
+def standing(policy: nn.Module, frozen: nn.Module, *, lora: bool) -> nn.Module:
+    """A reference that stays where a policy stands that is ready to train: `frozen` itself for a full fine-tune, which must
+    hold the same weights, and with LoRA a third module over the same pretrained tensors, with adapters of its own."""
+    if not lora:
+        return frozen
+    reference = second(policy, [each for each in (*policy.parameters(), *policy.buffers()) if not each.requires_grad])
+    return reference.requires_grad_(False)
 
-    A full fine-tune moves `frozen` itself. With LoRA the reference is a third module over the same pretrained tensors, with
-    adapters of its own.
-    """
-    reference = frozen
-    if lora:
-        reference = second(policy, [each for each in (*policy.parameters(), *policy.buffers()) if not each.requires_grad])
-        reference.requires_grad_(False)
+
+def following(policy: nn.Module, frozen: nn.Module, settings: Reference, *, lora: bool) -> tuple[nn.Module, Following]:
+    """(reference, what moves it) for a policy that is ready to train and the pretrained denoiser `frozen`, see `standing`."""
+    reference = standing(policy, frozen, lora=lora)
     learned = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     return reference, Following(learned, dict(reference.named_parameters()), settings)

@@ -99,6 +99,11 @@ class Family(ABC):
         """Starting noise `[B, C, h, w]` as such a pipeline takes it for its argument `latents`."""
         return noise
 
+    @classmethod
+    def unpack(cls, latents: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What `pack` did, undone, of latents with this height and width: `[B, C, h, w]`."""
+        return latents
+
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Posterior:
         """Pixels `[B, 3, H, W]` in [0, 1] -> latent posterior `[B, C, h, w]`, float32."""

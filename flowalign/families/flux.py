@@ -48,6 +48,10 @@ class Flux(FlowFamily):
         """`[B, C, h, w]` -> `[B, h/2·w/2, 4C]`."""
         return FluxPipeline._pack_latents(noise, *noise.shape)
 
+    @classmethod
+    def unpack(cls, latents: Tensor, shape: tuple[int, int]) -> Tensor:
+        return FluxPipeline._unpack_latents(latents, *shape, 1)
+
     def embed(self, pipeline: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
         """T5's `prompt_embeds` `[B, L, D]` and CLIP's `pooled` `[B, P]`."""
         embeds, pooled, _ = pipeline.encode_prompt(prompts, None, device, 1)
@@ -74,7 +78,7 @@ class Flux(FlowFamily):
             img_ids=places,
             return_dict=False,
         )[0]
-        return FluxPipeline._unpack_latents(velocity, height, width, 1)
+        return self.unpack(velocity, (height, width))
 
 
 FAMILY = Flux

@@ -46,6 +46,10 @@ class QwenImage(FlowFamily):
         """`[B, C, h, w]` -> `[B, h/2·w/2, 4C]`."""
         return QwenImagePipeline._pack_latents(noise, *noise.shape)
 
+    @classmethod
+    def unpack(cls, latents: Tensor, shape: tuple[int, int]) -> Tensor:
+        return QwenImagePipeline._unpack_latents(latents, *shape, 1)[:, :, 0]
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Posterior:
         """As a video of one frame; every channel is whitened by the VAE's own mean and spread."""
@@ -82,7 +86,7 @@ class QwenImage(FlowFamily):
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,
         )[0]
-        return QwenImagePipeline._unpack_latents(velocity, height, width, 1)[:, :, 0]
+        return self.unpack(velocity, (height, width))
 
 
 FAMILY = QwenImage

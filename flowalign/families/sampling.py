@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowalign import plugins
@@ -104,7 +105,33 @@ def sample(
     batch_size: int = 4,
     progress: bool = True,
 ) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (index, picture) for each prompt and seed, in order.
+    """Yield (index, picture) for each prompt and seed, in order; see `drawn`."""
+    for each in drawn(
+        pipeline, prompts, seeds, settings, weights=weights, batch_size=batch_size, progress=progress
+    ):
+        yield each.index, each.picture
+
+
+class Drawn(NamedTuple):
+    """One picture as it comes from a pipeline."""
+
+    index: int
+    picture: Image.Image
+    latents: Tensor
+    """`[C, h, w]`, what the sampler ended at, in the denoiser's scale and dtype, on its device: decoded, the picture."""
+
+
+def drawn(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplerSettings,
+    *,
+    weights: Sequence[Mapping[str, float] | None] | None = None,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> Iterator[Drawn]:
+    """Draw each prompt with its seed, in order.
 
     A picture starts from float32 noise made on the CPU by a generator of its own, which a stochastic sampler goes on
     with: it is the picture that the pipeline draws alone with `generator=torch.Generator().manual_seed(seed)`. The
@@ -118,14 +145,20 @@ def sample(
     family = _family(pipeline)
     steering, rows = rows_for(pipeline, weights, len(prompts))
     canvas, denoiser = family.canvas(pipeline), getattr(pipeline, family.component)
-    wanted, weights = PRECISIONS[settings.precision], next(denoiser.parameters()).dtype
-    if weights not in (wanted, torch.float32):
+    wanted, held = PRECISIONS[settings.precision], next(denoiser.parameters()).dtype
+    if held not in (wanted, torch.float32):
         raise ConfigError(
-            f"precision is {settings.precision!r}, but the weights are {weights}; open the checkpoint in {wanted}."
+            f"precision is {settings.precision!r}, but the weights are {held}; open the checkpoint in {wanted}."
         )
     device = denoiser.device
-    shape = (canvas.channels, height // canvas.factor, width // canvas.factor)
+    shape: tuple[int, int, int] = (canvas.channels, height // canvas.factor, width // canvas.factor)
     own = pipeline.scheduler
+    last: dict[str, Tensor] = {}
+
+    def remember(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        last["latents"] = given["latents"]
+        return given
+
     pipeline.set_progress_bar_config(disable=True)  # one bar over pictures instead of one per batch
     try:
         pipeline.scheduler = _scheduler(own, settings.sampler)
@@ -135,18 +168,20 @@ def sample(
                 starts, generators = zip(*(starting_noise(seeds[index], shape) for index in chosen), strict=True)
                 noise, told = torch.stack(starts), rows and tuple(rows[index] for index in chosen)
                 under = nullcontext() if steering is None else steering.under(told)
-                with under, torch.no_grad(), torch.autocast(device.type, wanted) if weights != wanted else nullcontext():
+                with under, torch.no_grad(), torch.autocast(device.type, wanted) if held != wanted else nullcontext():
                     pictures = pipeline(
                         [prompts[index] for index in chosen],
                         height=height,
                         width=width,
                         num_inference_steps=settings.steps,
-                        latents=family.pack(noise).to(device, weights),
+                        latents=family.pack(noise).to(device, held),
                         generator=list(generators),
+                        callback_on_step_end=remember,
                         **family.call(settings.guidance, len(chosen)),
                     ).images
                 bar.update(len(chosen))
-                yield from zip(chosen, pictures, strict=True)
+                ended = family.unpack(last["latents"], shape[1:])
+                yield from (Drawn(*each) for each in zip(chosen, pictures, ended, strict=True))
     finally:
         pipeline.scheduler = own
 
@@ -182,6 +217,7 @@ def write_images(
     *,
     weights: Sequence[Mapping[str, float] | None] | None = None,
     generator: str | None = None,
+    keep: Callable[[bytes, Drawn], None] | None = None,
     batch_size: int = 4,
     progress: bool = True,
 ) -> list[Path]:
@@ -189,16 +225,16 @@ def write_images(
 
     `generator` names what draws; unless given it is `generator_id(pipeline)`. weights: as of `sample`; an entry holds those of
     its picture. A picture whose entry in `metadata.jsonl` is what would be written again is left alone, so a
-    killed call goes on where it was. Returns the paths in order.
-    Raises ConfigError and DataError.
+    killed call goes on where it was. `keep` gets the bytes of each file, and what is in it, before it is written. Returns the
+    paths in order. Raises ConfigError and DataError.
     """
     _check_lengths(prompts, seeds)
     folder = Path(folder)
     height, width = picture_size(pipeline, settings)
-    drawn = asdict(settings) | {"height": height, "width": width, "generator": generator or generator_id(pipeline)}
+    how = asdict(settings) | {"height": height, "width": width, "generator": generator or generator_id(pipeline)}
     steering, rows = rows_for(pipeline, weights, len(prompts))
     wanted = [
-        {"file_name": f"{index:05d}-{seed}.png", "prompt": prompt, "seed": seed} | drawn | _under(steering, rows, index)
+        {"file_name": f"{index:05d}-{seed}.png", "prompt": prompt, "seed": seed} | how | _under(steering, rows, index)
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     table = folder / "metadata.jsonl"
@@ -207,7 +243,7 @@ def write_images(
     for index in missing:
         known.pop(wanted[index]["file_name"], None)
     _write_entries(table, known)  # before any picture is replaced: the table never describes a picture it does not fit
-    bars = sample(
+    pictures = drawn(
         pipeline,
         [prompts[index] for index in missing],
         [seeds[index] for index in missing],
@@ -216,10 +252,13 @@ def write_images(
         batch_size=batch_size,
         progress=progress,
     )
-    for position, picture in bars:
-        entry = wanted[missing[position]]
+    for each in pictures:
+        position, entry, encoded = each.index, wanted[missing[each.index]], io.BytesIO()
+        each.picture.save(encoded, format="PNG")
+        if keep is not None:
+            keep(encoded.getvalue(), each)
         with atomic(folder / entry["file_name"]) as temporary:
-            picture.save(temporary, format="PNG")
+            temporary.write_bytes(encoded.getvalue())
         known[entry["file_name"]] = entry
         if position % batch_size == batch_size - 1 or position == len(missing) - 1:
             _write_entries(table, known)

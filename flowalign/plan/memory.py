@@ -50,6 +50,8 @@ def memory(outline: Outline, config: Config) -> list[Part]:
     why = "none: its errors come from the bank" if config.reference.bank else "shared: the policy with its adapters off"
     if own:
         why = "what follows the policy" if config.reference.kind in MOVING else "a frozen copy"
+        if config.reference.kind == "start" and config.trainable.kind == "lora":
+            why = "the adapters of trainable.start"
         if config.reference.kind == "merged":
             why = f"what {len(config.reference.checkpoints)} models do not share with the policy"
     return [

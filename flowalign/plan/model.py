@@ -13,7 +13,7 @@ from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import by_type, of_types
-from flowalign.align.reference import MOVING, following, with_reference
+from flowalign.align.reference import MOVING, following, standing, with_reference
 from flowalign.align.steer import Steered, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
@@ -21,6 +21,7 @@ from flowalign.families.base import CONTEXT, Family
 from flowalign.families.outline import META
 from flowalign.settings import Config
 from flowalign.setup import choose_chunk, choose_timesteps, choose_trainable, load_family, load_objective
+from flowalign.train.start import read_start
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,12 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         learns, _ = with_reference(frozen, "copy", lora=False)
     learns = of_types(learns, config.switches.annotator_types)
     choose_trainable(config, family, learns)
+    if config.trainable.start is not None:
+        read_start(config.trainable, config.model, family, weights=False).into(learns)
     learns = steered_policy(learns, config.steer, family.outline_prompts(1).tensors[CONTEXT].shape[-1], config.train.seed)
     anchor = following(learns, frozen, config.reference, lora=lora)[0] if config.reference.kind in MOVING else frozen
+    if config.reference.kind == "start":
+        anchor = standing(learns, frozen, lora=lora)
     if config.reference.kind == "merged":
         anchor = open_merged(config.reference, config.model, family, outline=True)
     learns.train()
