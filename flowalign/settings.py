@@ -21,7 +21,7 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
-def _word(value: Any) -> Any:
+def word(value: Any) -> Any:
     """What YAML 1.1 makes of the word off, back."""
     return "off" if value is False else value
 
@@ -270,7 +270,7 @@ class Train(Loop):
 class Guard(Section):
     """What is watched while a run trains, so that it does not collapse unseen, see docs/guard.md."""
 
-    policy: Annotated[Literal["off", "warn", "lower_lr", "rollback", "stop"], BeforeValidator(_word)] = "warn"
+    policy: Annotated[Literal["off", "warn", "lower_lr", "rollback", "stop"], BeforeValidator(word)] = "warn"
     """beyond a limit: nothing, a sentence, a lower learning rate, back to the last good state at a lower rate, or the end"""
     winner_error: Rate | None = 0.05
     """largest rise of the chosen pictures' error above its lowest, relative to before training; null does not watch it"""

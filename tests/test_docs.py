@@ -14,6 +14,7 @@ import yaml
 from flowalign import catalog, cli, config, plugins, yaml_text
 from flowalign.data.columns import conventions
 from flowalign.flow.settings import FlowConfig
+from flowalign.improve_settings import ImproveConfig
 from flowalign.settings import Config, Section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def test_commands_parse(line: str) -> None:
     assert callable(options.command)
 
 
-VERBS: dict[str, type[Section]] = {"align": Config, "flow fit": FlowConfig}
+VERBS: dict[str, type[Section]] = {"align": Config, "flow fit": FlowConfig, "improve": ImproveConfig}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -67,8 +68,8 @@ def test_shipped_configurations_load_and_name_their_command(path: Path) -> None:
 def test_yaml_parses_as_a_configuration(page: Path) -> None:
     for language, text in blocks(page):
         if language == "yaml":
-            if page.name == "flow.md":
-                config.parse_tree(FlowConfig, yaml_text.read(text), page.name)
+            if (tree := {"flow.md": FlowConfig, "improve.md": ImproveConfig}.get(page.name)) is not None:
+                config.parse_tree(tree, yaml_text.read(text), page.name)
                 continue
             settings = config.parse(yaml_text.read(text), page.name)
             assert settings.objective.name == "dpo"

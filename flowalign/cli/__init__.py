@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flowalign import __version__
-from flowalign.cli import audit, files, flow, merging, pictures, rewards, scoring, selection, serve, training
+from flowalign.cli import audit, files, flow, improve, merging, pictures, rewards, scoring, selection, serve, training
 from flowalign.errors import FlowalignError
 
 
@@ -71,6 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
-    for group in (training, flow, merging, pictures, scoring, rewards, selection, audit, serve, files):
+    for group in (training, improve, flow, merging, pictures, scoring, rewards, selection, audit, serve, files):
         group.add(command)
     return parser

@@ -116,6 +116,7 @@ class Drawn(NamedTuple):
     """One picture as it comes from a pipeline."""
 
     index: int
+    seed: int
     picture: Image.Image
     latents: Tensor
     """`[C, h, w]`, what the sampler ended at, in the denoiser's scale and dtype, on its device: decoded, the picture."""
@@ -181,7 +182,8 @@ def drawn(
                     ).images
                 bar.update(len(chosen))
                 ended = family.unpack(last["latents"], shape[1:])
-                yield from (Drawn(*each) for each in zip(chosen, pictures, ended, strict=True))
+                own_seeds = [seeds[index] for index in chosen]
+                yield from (Drawn(*each) for each in zip(chosen, own_seeds, pictures, ended, strict=True))
     finally:
         pipeline.scheduler = own
 

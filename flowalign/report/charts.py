@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from flowalign.report.document import shortened
@@ -16,12 +16,14 @@ MOST_POINTS = 240  # a line with more is averaged into this many bins: the eye s
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name in the legend, its CSS class, its (step, value) points, and whether points are dotted."""
+    """One curve: its name in the legend, its CSS class, its (step, value) points, whether points are dotted, and intervals."""
 
     name: str
     look: str
     points: Sequence[tuple[float, float]]
     dots: bool = False
+    whiskers: Sequence[tuple[float, float, float]] = ()
+    """(step, low, high) of intervals."""
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -48,13 +50,26 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def line_chart(
-    title: str, note: str, lines: Sequence[Line], *, span: tuple[float, float] | None = None, at: float | None = None
+    title: str,
+    note: str,
+    lines: Sequence[Line],
+    *,
+    span: tuple[float, float] | None = None,
+    at: float | None = None,
+    across: str = "optimizer step",
 ) -> str:
-    """A figure with a legend. `span` fixes the vertical axis; `at` draws a horizontal line that means "no difference"."""
-    lines = [Line(line.name, line.look, thin(line.points), line.dots) for line in lines if line.points]
+    """A figure with a legend. `span` fixes the vertical axis; `at` draws a horizontal line that means "no difference".
+
+    across: what the steps count.
+    """
+    lines = [replace(line, points=thin(line.points)) for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points] + ([] if at is None else [at])
-    across, up = ticks(min(xs), max(xs)), ticks(*(span or (min(ys), max(ys))))
+    ys = (
+        [y for line in lines for _, y in line.points]
+        + [y for line in lines for _, *ends in line.whiskers for y in ends]
+        + ([] if at is None else [at])
+    )
+    places, up = ticks(min(xs), max(xs)), ticks(*(span or (min(ys), max(ys))))
     left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
 
     def px(x: float) -> float:
@@ -68,7 +83,7 @@ def line_chart(
     for y in up:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in across:
+    for x in places:
         if left <= x <= right:
             parts.append(f'<line class="tick" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{floor}" y2="{floor + 5}"/>')
             parts.append(f'<text x="{px(x):.1f}" y="{floor + 19}" text-anchor="middle">{number(x)}</text>')
@@ -76,14 +91,18 @@ def line_chart(
         parts.append(f'<line class="neutral" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(at):.1f}" y2="{py(at):.1f}"/>')
     for line in lines:
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line.points)
+        parts += [
+            f'<line class="curve {line.look}" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{py(low):.1f}" y2="{py(high):.1f}"/>'
+            for x, low, high in line.whiskers
+        ]
         parts.append(f'<polyline class="curve {line.look}" points="{path}"/>')
         if line.dots or len(line.points) == 1:
             parts += [
                 f'<circle class="dot {line.look}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"><title>{escape(line.name)}, '
-                f"step {number(x)}: {y:.4g}</title></circle>"
+                f"{escape(across.split()[-1])} {number(x)}: {y:.4g}</title></circle>"
                 for x, y in line.points
             ]
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">optimizer step</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')
     ends = "; ".join(f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines)
     legend = "".join(f'<span class="key {line.look}">{escape(line.name)}</span>' for line in lines)
     label = escape(f"{title}: {ends}")

@@ -15,6 +15,7 @@ from flowalign.families.loading import LORA
 from flowalign.files import atomic
 from flowalign.flow.settings import FlowConfig
 from flowalign.report.card import write_card
+from flowalign.report.improve import write_improve_page
 from flowalign.report.page import write_report
 from flowalign.settings import Config
 from flowalign.sources import cache_folder
@@ -48,6 +49,9 @@ def judges_of(run: str, kind: type[Config] | type[FlowConfig]) -> Path:
 
 def report(run: Path) -> dict[str, Any]:
     """Write the run's page, and the model card beside its weights, from what its folder holds."""
+    if (run / "improve.json").is_file():
+        path = write_improve_page(run)
+        return {"report": str(path), "summary": f"report: {path}"}
     path = write_report(run)
     if (run / "weights").is_dir():
         write_card(run)

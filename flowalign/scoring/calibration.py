@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -223,18 +223,19 @@ def calibrate(
             raise DataError(f"{what} is {value!r}; {allowed(value, choices)}.")
     if ties != "half" and method != "temperature":
         raise DataError(f"ties {ties!r} has a temperature of its own, so method {method!r} does not go with it; leave one out.")
-    spread = {name: Link("temperature", slope=1 / _spread(table, name)) for name in table.rewards}
+    groups = table.groups()
+    own = {name: Link("temperature", slope=1 / spread(table.oriented(name), groups.values())) for name in table.rewards}
     if labelled is None:
         if method != "winrate" or fuse or general is not None:
             what = "a general preference model" if general is not None else "a fusion" if fuse else f"method {method!r}"
             raise DataError(f"{what} is fitted on labelled pairs and there are none; give --pairs FILE.")
-        return Calibration({name: Fitted(table.cards[name].fingerprint, link) for name, link in spread.items()})
+        return Calibration({name: Fitted(table.cards[name].fingerprint, link) for name, link in own.items()})
     difference, label, prompts = _differences(table, labelled)
 
     def fit(name: str) -> Callable[[Array, Array], Fitted]:
         about = table.cards[name].fingerprint
         if method == "winrate":
-            return lambda d, p: Fitted(about, spread[name])
+            return lambda d, p: Fitted(about, own[name])
         if ties != "half" and (label == 0.5).any():
             return lambda d, p: Fitted(about, Link("temperature"), fit_ties(ties, d, p))
         return lambda d, p: Fitted(about, fit_link(method, d, p))
@@ -303,10 +304,10 @@ def quality(probability: Array, label: Array, groups: Sequence[str], seed: int =
     return measures | {"reliability": [asdict(dot) for dot in reliability(probability, label)]}
 
 
-def _spread(table: ScoreTable, name: str) -> float:
-    """Root mean square of the differences of one prompt's scores; 1 where there is none."""
-    scores, squares = table.oriented(name), []
-    for rows in table.groups().values():
+def spread(scores: Array, groups: Iterable[NDArray[np.int64]]) -> float:
+    """Root mean square of the differences of one prompt's scores `[n]`, of all groups of rows; 1 where there is none."""
+    squares = []
+    for rows in groups:
         known = scores[rows][~np.isnan(scores[rows])]
         if len(known) > 1:
             squares.append(2 * known.var(ddof=1))

@@ -1,0 +1,108 @@
+"""Rounds held against the base on held-out prompts: win rates of rewards and judges, diversity, signs of hacking, the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flowalign.evaluate.compare import compare, mean_with_interval
+from flowalign.evaluate.diversity import pairwise_distance
+from flowalign.evaluate.hacking import Series, Signal, divergence, joint, less_diverse
+from flowalign.scoring.calibrate import Link, win_rate
+from flowalign.scoring.calibration import spread
+
+Array = NDArray[np.float64]
+COMBINED = "combined"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one policy draws for held-out prompts, the same prompts and seeds for all policies."""
+
+    prompts: tuple[str, ...]
+    """`[n]`, the prompt of each picture."""
+    scores: Mapping[str, Array]
+    """By measure `[n]`, higher is better."""
+    features: Array
+    """`[n, d]`, in which diversity is measured."""
+
+    @property
+    def rows(self) -> dict[str, Array]:
+        """Prompt -> its places."""
+        return {prompt: np.flatnonzero([each == prompt for each in self.prompts]) for prompt in dict.fromkeys(self.prompts)}
+
+
+def calibrated(base: Measured, now: Measured, name: str) -> Array:
+    """Win rate `[n]` of each picture over the base's pictures of its prompt (CaPO), at the base's spread within a prompt."""
+    link = Link("temperature", slope=1 / spread(base.scores[name], base.rows.values()))
+    out = np.empty(len(now.prompts))
+    for prompt, rows in now.rows.items():
+        out[rows] = win_rate(now.scores[name][rows], link, base.scores[name][base.rows[prompt]])
+    return out
+
+
+def combined(base: Measured, now: Measured, weights: Mapping[str, float]) -> Array:
+    """`[n]`: the weighted mean of calibrated rewards, weights by their size."""
+    total = sum(abs(weight) for weight in weights.values()) or 1.0
+    return np.sum([weight / total * calibrated(base, now, name) for name, weight in weights.items()], axis=0)
+
+
+def told(base: Measured, now: Measured, weights: Mapping[str, float], *, seed: int = 0) -> dict[str, Any]:
+    """What a round's page says: of every measure whether it was trained on, and how it stands against the base.
+
+    weights: of the rewards that are trained on; other measures are judges.
+    """
+    measures = {}
+    for name, scores in now.scores.items():
+        rates = calibrated(base, now, name)
+        paired = compare(base.scores[name], scores, groups=now.prompts, resamples=2_000, seed=seed)
+        measures[name] = {
+            "trained": name in weights,
+            "mean": float(scores.mean()),
+            "calibrated": asdict(mean_with_interval(rates, now.prompts, seed=seed)),
+            "win_rate": asdict(paired.win_rate),
+            "difference": asdict(paired.mean_difference),
+        }
+    one = combined(base, now, weights)
+    return {
+        "measures": measures,
+        COMBINED: asdict(mean_with_interval(one, now.prompts, seed=seed)),
+        "diversity": asdict(mean_with_interval(_diversity(base, now), list(now.rows), seed=seed)),
+        "pictures": len(now.prompts),
+        "prompts": len(now.rows),
+    }
+
+
+def _diversity(base: Measured, now: Measured) -> Array:
+    """Of each prompt, in features scaled by their mean and spread over the base's pictures."""
+    mean, wide = base.features.mean(0), base.features.std(0) + 1e-6
+    return pairwise_distance((now.features - mean) / wide, now.prompts)
+
+
+def signs(history: Sequence[Measured], weights: Mapping[str, float], *, drop: float, seed: int = 0) -> list[Signal]:
+    """Of the last of several policies, the base first: a judge that falls while the rewards rise, more prompts that got worse
+    by every measure than better, and diversity that fell by more than `drop` of the base's, each beyond chance."""
+    base, now = history[0], history[-1]
+    prompts = now.prompts
+    rise = Series(np.stack([combined(base, each, weights) for each in history]), prompts)
+    judges = [name for name in now.scores if name not in weights]
+    found = [
+        divergence(rise, Series(np.stack([each.scores[name] for each in history]), prompts), name, seed=seed) for name in judges
+    ]
+    sides = [np.stack([each.scores[name] for name in now.scores], axis=1) for each in (base, now)]
+    found.append(joint(*sides, prompts, seed=seed))
+    alike = less_diverse("pictures of a prompt", _diversity(base, base), _diversity(base, now), list(now.rows), seed=seed)
+    limit = -drop * alike.numbers["base"]
+    beyond = alike.numbers["change"]["high"] < limit
+    says = alike.says if beyond else f"Diversity is within its limit of −{100 * drop:.0f} %: {alike.says}"
+    return [*found, replace(alike, alarm=beyond, says=says)]
+
+
+def best_of(rounds: Sequence[Mapping[str, Any]], by: str) -> int | None:
+    """Place of the highest of `told`s, by the combined reward or by one measure, the first of equal ones; None of none."""
+    values = [each[COMBINED]["value"] if by == COMBINED else each["measures"][by]["calibrated"]["value"] for each in rounds]
+    return values.index(max(values)) if values else None

@@ -1,0 +1,305 @@
+"""The stages of a round: each writes its files whole, and is left alone where they are.
+
+RUN/config.yaml  cache/  encoders.json
+    base/pictures/  base/scores.parquet  base/scores-calibrated.parquet .json    what the base draws, once
+    base/evaluation/                                                             and for held-out prompts
+    rounds/00/plan.jsonl  pictures/  scores.parquet  scores-calibrated.parquet   (round 00 has the base's pictures)
+              pairs.jsonl  pairs-with-margins.jsonl  selected.jsonl  comparisons.jsonl
+              align/  align.json  evaluation/pictures/  scores.parquet  judges.json  evaluation.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowalign import config as configuration
+from flowalign import yaml_text
+from flowalign.data import prompts as prompt_files
+from flowalign.data.attached import Attached
+from flowalign.data.cache import LatentCache
+from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round
+from flowalign.data.images import geometry
+from flowalign.data.readers import open_comparisons
+from flowalign.data.writer import others_of, row_of, write_comparisons
+from flowalign.device import choose_device
+from flowalign.families.loading import open_family
+from flowalign.families.sampling import PRECISIONS, Drawn, SamplerSettings, write_images
+from flowalign.files import write_text
+from flowalign.improve_settings import ImproveConfig
+from flowalign.rng import key, starting_noise
+from flowalign.runs.calibration import calibrate
+from flowalign.runs.implicit import margins
+from flowalign.runs.scoring import score
+from flowalign.runs.selection import select
+from flowalign.runs.training import align
+from flowalign.scoring.table import read_table
+from flowalign.settings import Config, Data
+from flowalign.setup import load_family
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop's settings, its folder, and what its rounds are made of."""
+
+    config: ImproveConfig
+    progress: bool = True
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def cache(self) -> Path:
+        """Of latents, conditioning and scores."""
+        return self.folder / "cache"
+
+    def round(self, number: int) -> Path:
+        return self.folder / "rounds" / f"{number:02d}"
+
+    @cached_property
+    def prompts(self) -> tuple[list[str], list[str]]:
+        """(to train on, held out). Raises DataError and ConfigError."""
+        wanted, held = self.config.prompts, self.config.held_out
+        every = prompt_files.read(wanted if isinstance(wanted, str) else list(wanted))
+        if isinstance(held, int):
+            return parted(every, held, self.config.draw.seed)
+        others = list(dict.fromkeys(prompt_files.read(held)))
+        return [prompt for prompt in dict.fromkeys(every) if prompt not in others], others
+
+    def plan(self, number: int) -> list[Row]:
+        """What round `number` draws; that of round 0 is what the base draws for these prompts."""
+        draw = self.config.draw
+        return rows_of_round(in_turn(self.prompts[0], draw.prompts, draw.seed, number), draw.images, draw.seed, number)
+
+    def pool(self) -> list[Row]:
+        """What the base draws: round 0's pictures of every prompt that any round has."""
+        draw = self.config.draw
+        turns = (in_turn(self.prompts[0], draw.prompts, draw.seed, number) for number in range(self.config.rounds))
+        return rows_of_round(list(dict.fromkeys(each for turn in turns for each in turn)), draw.images, draw.seed, 0)
+
+    def policy(self, finished: int) -> str:
+        """What generates after so many finished rounds."""
+        return str(self.round(finished - 1) / "align") if finished > 0 else self.config.model.checkpoint
+
+    def staleness(self, number: int) -> int:
+        """Rounds that the policy which draws round `number` is older than the newest."""
+        return min(number, 1) if self.config.draw.when == "ahead" else 0
+
+    def aligning(self, number: int) -> Config:
+        """The settings of one round's training."""
+        cfg, before = self.config, self.policy(number)
+        first = number == 0
+        reference = cfg.reference.model_copy(update={"kind": "auto"} if first and cfg.reference.kind == "start" else {})
+        return Config(
+            model=cfg.model,
+            data=Data(
+                train=str(self.round(number) / "comparisons.jsonl"),
+                held_out=0.0,
+                cache=str(self.cache),
+                rewards={cfg.select.score: 1.0} if cfg.select.score != "raw" else {},
+                resolution=cfg.draw.resolution,
+            ),
+            objective=cfg.objective,
+            reference=reference,
+            switches=cfg.switches,
+            trainable=cfg.trainable.model_copy(update={"start": None if first else before}),
+            train=cfg.train.model_copy(update={"seed": key(cfg.train.seed, "round", number) % 2**31}),
+            guard=cfg.guard,
+            sample=cfg.sample,
+            output=str(self.round(number) / "align"),
+        )
+
+
+def draw(loop: Loop, source: str, rows: Sequence[Row], folder: Path, stale: int = 0) -> None:
+    """Draw rows into `folder`, and what the sampler ended at into the run's cache, so that training encodes none of it."""
+    done, cfg = folder / "drawn.json", loop.config
+    if done.is_file():
+        return
+    how = cfg.draw
+    side = how.resolution
+    settings = SamplerSettings(how.sampler, how.steps, how.guidance, side, side, how.precision)
+    family = open_family(
+        source,
+        dtype=PRECISIONS[how.precision],
+        device=choose_device(cfg.train.device),
+        revision=cfg.model.revision,
+        variant=cfg.model.variant,
+    )
+    store = LatentCache(loop.cache, **_encoders(loop), resolution=side or family.resolution, checkpoint=cfg.model.checkpoint)
+    pipeline = family.pipeline(family.denoiser)
+
+    def keep(data: bytes, each: Drawn) -> None:
+        latents, noise = each.latents.float().cpu(), each.seed if cfg.switches.noise == "stored" else None
+        beside = {} if noise is None else {"noise": starting_noise(noise, latents.shape)[0]}
+        path = store.image_path(Attached(noise=noise).digest(hashlib.sha256(data).digest()), False)
+        cut = geometry(each.picture, store.resolution)
+        store.write_image(path, latents, torch.zeros_like(latents), cut, beside)
+
+    write_text(folder / "plan.jsonl", "".join(json.dumps(row.line(), ensure_ascii=False) + "\n" for row in rows))
+    write_images(
+        folder,
+        pipeline,
+        [row.prompt for row in rows],
+        [row.seed for row in rows],
+        settings,
+        keep=keep,
+        batch_size=how.batch_size,
+        progress=loop.progress,
+    )
+    about = {"pictures": len(rows), "policy": source, "stale": stale}
+    write_text(done, json.dumps(about, indent=1) + "\n")
+
+
+def _encoders(loop: Loop) -> dict[str, str]:
+    """Fingerprints of the encoders as training has them, by which entries of the cache are named."""
+    path = loop.folder / "encoders.json"
+    if not path.is_file():
+        family = load_family(loop.aligning(0), torch.device("cpu"))
+        found = {f"{kind}_fingerprint": family.fingerprint(f"{kind}s") for kind in ("image", "prompt")}
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    return json.loads(path.read_text())
+
+
+def ahead(loop: Loop, number: int) -> multiprocessing.process.BaseProcess | None:
+    """Another process that draws round `number` with the policy that there is now; None where nothing is left to draw."""
+    folder = loop.round(number) / "pictures"
+    if loop.config.draw.when != "ahead" or number >= loop.config.rounds or (folder / "drawn.json").is_file():
+        return None
+    _encoders(loop)  # found out once, by this process
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_draw_ahead, args=(configuration.dump(loop.config), number, os.getpid()), daemon=True)
+    process.start()
+    return process
+
+
+def _draw_ahead(settings: str, number: int, parent: int) -> None:
+    def watch() -> None:  # a process that was killed tells nobody
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    loop = Loop(configuration.parse_tree(ImproveConfig, yaml_text.read(settings)), progress=False)
+    draw_round(loop, number)
+
+
+def draw_round(loop: Loop, number: int) -> None:
+    """The pictures of a round after the first, by the policy that is due."""
+    stale = loop.staleness(number)
+    draw(loop, loop.policy(number - stale), loop.plan(number), loop.round(number) / "pictures", stale)
+
+
+def score_base(loop: Loop) -> None:
+    """What the base draws, its scores, and the calibration that all rounds share."""
+    draw(loop, loop.config.model.checkpoint, loop.pool(), loop.base / "pictures")
+    _scored(loop, loop.base / "pictures", loop.base / "scores.parquet", loop.config.rewards)
+    if not (table := loop.base / "scores-calibrated.parquet").is_file():
+        cfg = loop.config.calibrate
+        calibrate(loop.base / "scores.parquet", pairs=cfg.pairs, **_combined(loop), out=table)
+
+
+def score_round(loop: Loop, number: int) -> None:
+    """Calibrated scores of a round: of the first against each other, of later ones against the base's pictures."""
+    folder = loop.round(number)
+    out, base = folder / "scores-calibrated.parquet", loop.base / "scores-calibrated.parquet"
+    if out.is_file():
+        return
+    if number == 0:
+        table, wanted = read_table(base), {row.prompt for row in loop.plan(0)}
+        table.select([place for place, prompt in enumerate(table.texts("prompt")) if prompt in wanted]).write(out)
+        return
+    _scored(loop, folder / "pictures", folder / "scores.parquet", loop.config.rewards)
+    calibrate(
+        folder / "scores.parquet",
+        base=loop.base / "scores.parquet",
+        fitted=base.with_suffix(".json"),
+        **_combined(loop),
+        out=out,
+    )
+
+
+def _combined(loop: Loop) -> dict[str, Any]:
+    cfg = loop.config.calibrate
+    return {"by": "sum" if cfg.weights else cfg.by, "weights": cfg.weights}
+
+
+def _scored(loop: Loop, pictures: Path, out: Path, rewards: Sequence[Any]) -> None:
+    if not out.is_file():
+        how = {"device": loop.config.train.device, "cache": loop.cache, "progress": loop.progress}
+        score(str(pictures), list(rewards), out=out, **how)
+
+
+def select_pairs(loop: Loop, number: int) -> int:
+    """`comparisons.jsonl`, of this round and, where they are replayed, of earlier ones; how many. Raises RunError for none."""
+    folder, cfg = loop.round(number), loop.config.select
+    out, pairs = folder / "comparisons.jsonl", folder / "pairs.jsonl"
+    if not pairs.is_file():
+        select(
+            folder / "scores-calibrated.parquet",
+            by=cfg.by,
+            score=cfg.score,
+            out=pairs,
+            most=cfg.most,
+            least=cfg.least,
+            ties=cfg.ties,
+            tie_width=cfg.tie_width,
+            weights=cfg.pair_weights,
+            seed=key(loop.config.draw.seed, "select", number) % 2**31,
+        )
+    ordered = pairs
+    if cfg.order != "none":
+        ordered = folder / "selected.jsonl"
+        if not ordered.is_file():
+            source = pairs if cfg.order == "explicit" else folder / "pairs-with-margins.jsonl"
+            if not source.is_file():
+                train = loop.config.train
+                margins(
+                    loop.policy(number),
+                    str(pairs),
+                    out=source,
+                    draws=cfg.draws,
+                    resolution=loop.config.draw.resolution,
+                    precision=train.precision,
+                    device=train.device,
+                    cache=loop.cache,
+                    progress=loop.progress,
+                )
+            select(str(source), by=cfg.order, out=ordered, ratio=cfg.ratio, potential_weight=cfg.potential_weight)
+    if not out.is_file():
+        rows, replay = _rows(ordered), loop.config.replay
+        earlier = range(max(0, number - replay.rounds), number)
+        before = [row for each in earlier for row in _rows(loop.round(each) / ordered.name)]
+        write_comparisons(out, mixed(rows, before, replay.share, loop.config.draw.seed, number))
+    return sum(1 for line in out.read_text(encoding="utf-8").split("\n") if line)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    comparisons = open_comparisons(str(path))
+    return [row_of(comparisons[place]) | others_of(comparisons, place) for place in range(len(comparisons))]
+
+
+def train_round(loop: Loop, number: int) -> dict[str, Any]:
+    """The result of aligning; `finished` is False where a signal stopped it. Raises CollapseError."""
+    path = loop.round(number) / "align.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = align(loop.aligning(number), resume=True, progress=loop.progress)
+    if result["finished"]:
+        write_text(path, json.dumps(result, indent=1) + "\n")
+    return result
