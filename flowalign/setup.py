@@ -238,10 +238,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     }
     if config.steer is not None:
         about["steer"] = config.steer.model_dump(mode="json")
-    begins = None
-    if config.trainable.start is not None:
-        begins = read_start(config.trainable, config.model, family)
-        about["start"] = begins.fingerprint
+    begins = None if config.trainable.start is None else read_start(config.trainable, config.model, family)
+    about["start"] = None if begins is None else begins.fingerprint
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm

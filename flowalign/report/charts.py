@@ -70,6 +70,7 @@ def line_chart(
         + ([] if at is None else [at])
     )
     places, up = ticks(min(xs), max(xs)), ticks(*(span or (min(ys), max(ys))))
+    counted = max(xs) - min(xs) < len(places) and all(float(x).is_integer() for x in xs)  # few steps, none of them half
     left, right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
 
     def px(x: float) -> float:
@@ -84,7 +85,7 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
     for x in places:
-        if left <= x <= right:
+        if left <= x <= right and (not counted or float(x).is_integer()):
             parts.append(f'<line class="tick" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{floor}" y2="{floor + 5}"/>')
             parts.append(f'<text x="{px(x):.1f}" y="{floor + 19}" text-anchor="middle">{number(x)}</text>')
     if at is not None:

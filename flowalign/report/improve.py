@@ -23,7 +23,7 @@ Tree = Mapping[str, Any]
 def write_improve_page(run: Path) -> Path:
     """Write `report.html` of a loop's folder."""
     about = json.loads((run / "improve.json").read_text(encoding="utf-8"))
-    parts = [_header(run, about), _charts(about), _pictures(run, about), _events(about), _table(about)]
+    parts = [_header(run, about), _pictures(run, about), _charts(about), _events(about), _table(about)]
     page = run / "report.html"
     write_text(page, document(f"{run.name} · flowalign", "".join(parts), scripts=()))
     return page
@@ -38,9 +38,12 @@ def verdict(about: Tree) -> str:
     sides: dict[bool, list[str]] = {True: [], False: []}
     for name, each in shown["measures"].items():
         sides[each["trained"]].append(f"{name} {_rate(each['calibrated'])}")
-    kept = f"Round {shown['round']} is kept" if about["best"] is not None else "No round is kept"
-    says = f"{kept}: held-out pictures beat the base’s by {_listed(sides[True])} (trained on)"
-    says += f" and {_listed(sides[False])} (judges)." if sides[False] else "."
+    rose = [name for name, each in shown["measures"].items() if each["trained"] and each["calibrated"]["low"] > 0.5]
+    count = sum(each["trained"] for each in shown["measures"].values())
+    moved = "None of the rewards" if not rose else "All rewards" if len(rose) == count else f"{_listed(rose)}"
+    kept = f"Round {shown['round']} is kept." if about["best"] is not None else "No round is kept."
+    says = f"{moved} rose beyond chance on held-out prompts. {kept} Its win rates over the base: {_listed(sides[True])}"
+    says += f"; by judges that nothing was trained on, {_listed(sides[False])}." if sides[False] else "."
     return says + (f" The loop was stopped. {about['stopped']}" if about["stopped"] else "")
 
 
@@ -115,7 +118,7 @@ def _line(name: str, note: str, found: Sequence[Tree], look: str, *, span: tuple
 
 def _pictures(run: Path, about: Tree) -> str:
     """Rows prompts, columns rounds; each cell of a row has the row's seed."""
-    folders = [run / "base" / "evaluation" / "pictures"]
+    folders = [run / "rounds" / "base" / "evaluation" / "pictures"]
     folders += [run / "rounds" / f"{each['round'] - 1:02d}" / "evaluation" / "pictures" for each in about["rounds"]]
     columns: list[dict[tuple[str, int], Generated]] = []
     for folder in folders:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flowalign.runs.folders import export_kohya as export_kohya
     from flowalign.runs.folders import report as report
     from flowalign.runs.implicit import margins as margins
-    from flowalign.runs.improve import improve as improve
+    from flowalign.runs.improvement import improve as improve
     from flowalign.runs.merging import merge as merge
     from flowalign.runs.pictures import evaluate as evaluate
     from flowalign.runs.pictures import generate as generate
@@ -38,7 +38,7 @@ _VERBS = {
     "training": ("align", "plan", "suggest_beta"),
     "flows": ("fit_flow", "apply_flow", "evaluate_flow"),
     "flow_fit": ("fit_field",),
-    "improve": ("improve",),
+    "improvement": ("improve",),
     "pictures": ("generate", "evaluate"),
     "merging": ("merge",),
     "rewards": ("list_rewards",),

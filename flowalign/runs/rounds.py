@@ -1,8 +1,8 @@
 """The stages of a round: each writes its files whole, and is left alone where they are.
 
 RUN/config.yaml  cache/  encoders.json
-    base/pictures/  base/scores.parquet  base/scores-calibrated.parquet .json    what the base draws, once
-    base/evaluation/                                                             and for held-out prompts
+    rounds/base/pictures/  scores.parquet  scores-calibrated.parquet .json       what the base draws, once,
+                evaluation/                                                      and for held-out prompts
     rounds/00/plan.jsonl  pictures/  scores.parquet  scores-calibrated.parquet   (round 00 has the base's pictures)
               pairs.jsonl  pairs-with-margins.jsonl  selected.jsonl  comparisons.jsonl
               align/  align.json  evaluation/pictures/  scores.parquet  judges.json  evaluation.json
@@ -62,7 +62,8 @@ class Loop:
 
     @property
     def base(self) -> Path:
-        return self.folder / "base"
+        """Beside the rounds, whose comparisons name its pictures: a loop is the same wherever its folder lies."""
+        return self.folder / "rounds" / "base"
 
     @property
     def cache(self) -> Path:
