@@ -78,7 +78,7 @@ class Select(Section):
     """gap up to which scores are equal"""
     pair_weights: Literal["even", "histogram"] = "even"
     """histogram: pairs of rare gaps count more"""
-    order: Literal["none", "explicit", "implicit", "potential"] = "none"
+    order: Literal["none", "random", "explicit", "implicit", "potential"] = "none"
     """which of the picked pairs are kept; the last two ask the policy for its margins"""
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.4
     """share of the pairs that an order keeps"""

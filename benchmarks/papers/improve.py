@@ -120,10 +120,10 @@ def page(found: Sequence[Tree], size: Tree) -> list[str]:
     return [
         *lines,
         "",
-        f"Calibrated win rates over the base on {captions} held-out captions, two pictures each, 95 % intervals over captions; the "
-        f"base is 0.50 by definition, its diversity {found[0]['base']['diversity']['value']:.2f}. {size['prompts']} prompts of "
-        f"{size['images']} pictures and {size['train']} steps of 16 pairs a round. Measures that begin with `judge` were not "
-        "trained on.",
+        f"Calibrated win rates over the base on {captions} held-out captions, two pictures each, 95 % intervals over captions; "
+        f"the base is 0.50 by definition, its diversity {found[0]['base']['diversity']['value']:.2f}. Each round has "
+        f"{size['prompts']} prompts of {size['images']} pictures and {size['train']} steps of 16 pairs. Measures that begin "
+        "with `judge` were not trained on.",
     ]
 
 

@@ -78,9 +78,14 @@ def told(base: Measured, now: Measured, weights: Mapping[str, float], *, seed: i
 
 
 def _diversity(base: Measured, now: Measured) -> Array:
-    """Of each prompt, in features scaled by their mean and spread over the base's pictures."""
-    mean, wide = base.features.mean(0), base.features.std(0) + 1e-6
-    return pairwise_distance((now.features - mean) / wide, now.prompts)
+    """Of each prompt, in features scaled by their mean and spread over the base's pictures.
+
+    A feature that hardly varies there, such as a corner that is always white, counts no more than one of a tenth of the usual
+    spread: its first speck would else outweigh all others.
+    """
+    spreads = base.features.std(0)
+    scaled = (now.features - base.features.mean(0)) / np.maximum(spreads, 0.1 * spreads.mean() + 1e-12)
+    return pairwise_distance(scaled, now.prompts)
 
 
 def signs(history: Sequence[Measured], weights: Mapping[str, float], *, drop: float, seed: int = 0) -> list[Signal]:

@@ -250,6 +250,7 @@ def select_pairs(loop: Loop, number: int) -> int:
     """`comparisons.jsonl`, of this round and, where they are replayed, of earlier ones; how many. Raises RunError for none."""
     folder, cfg = loop.round(number), loop.config.select
     out, pairs = folder / "comparisons.jsonl", folder / "pairs.jsonl"
+    lot = key(loop.config.draw.seed, "select", number) % 2**31
     if not pairs.is_file():
         select(
             folder / "scores-calibrated.parquet",
@@ -261,13 +262,13 @@ def select_pairs(loop: Loop, number: int) -> int:
             ties=cfg.ties,
             tie_width=cfg.tie_width,
             weights=cfg.pair_weights,
-            seed=key(loop.config.draw.seed, "select", number) % 2**31,
+            seed=lot,
         )
     ordered = pairs
     if cfg.order != "none":
         ordered = folder / "selected.jsonl"
         if not ordered.is_file():
-            source = pairs if cfg.order == "explicit" else folder / "pairs-with-margins.jsonl"
+            source = pairs if cfg.order in ("explicit", "random") else folder / "pairs-with-margins.jsonl"
             if not source.is_file():
                 train = loop.config.train
                 margins(
@@ -281,7 +282,7 @@ def select_pairs(loop: Loop, number: int) -> int:
                     cache=loop.cache,
                     progress=loop.progress,
                 )
-            select(str(source), by=cfg.order, out=ordered, ratio=cfg.ratio, potential_weight=cfg.potential_weight)
+            select(str(source), by=cfg.order, out=ordered, ratio=cfg.ratio, potential_weight=cfg.potential_weight, seed=lot)
     if not out.is_file():
         rows, replay = _rows(ordered), loop.config.replay
         earlier = range(max(0, number - replay.rounds), number)

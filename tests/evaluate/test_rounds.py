@@ -73,6 +73,16 @@ def test_diversity_may_fall_as_far_as_it_may() -> None:
     assert says.startswith("Diversity is within its limit of −99 %")
 
 
+def test_a_speck_in_a_white_corner_is_not_diversity() -> None:
+    base = measured()
+    white = Measured(PROMPTS, base.scores, np.concatenate([base.features, np.ones((90, 1))], axis=1))
+    speck = white.features.copy()
+    speck[::3, -1] -= 1 / 255
+    now = Measured(PROMPTS, base.scores, speck)
+    before, after = (told(white, each, WEIGHTS)["diversity"]["value"] for each in (white, now))
+    assert after == pytest.approx(before, rel=0.01)
+
+
 def rounds(*values: tuple[float, float]) -> list[dict[str, Any]]:
     return [{"combined": {"value": one}, "measures": {"judge": {"calibrated": {"value": two}}}} for one, two in values]
 
