@@ -106,9 +106,7 @@ def sample(
     progress: bool = True,
 ) -> Iterator[tuple[int, Image.Image]]:
     """Yield (index, picture) for each prompt and seed, in order; see `drawn`."""
-    for each in drawn(
-        pipeline, prompts, seeds, settings, weights=weights, batch_size=batch_size, progress=progress
-    ):
+    for each in drawn(pipeline, prompts, seeds, settings, weights=weights, batch_size=batch_size, progress=progress):
         yield each.index, each.picture
 
 
@@ -148,9 +146,7 @@ def drawn(
     canvas, denoiser = family.canvas(pipeline), getattr(pipeline, family.component)
     wanted, held = PRECISIONS[settings.precision], next(denoiser.parameters()).dtype
     if held not in (wanted, torch.float32):
-        raise ConfigError(
-            f"precision is {settings.precision!r}, but the weights are {held}; open the checkpoint in {wanted}."
-        )
+        raise ConfigError(f"precision is {settings.precision!r}, but the weights are {held}; open the checkpoint in {wanted}.")
     device = denoiser.device
     shape: tuple[int, int, int] = (canvas.channels, height // canvas.factor, width // canvas.factor)
     own = pipeline.scheduler

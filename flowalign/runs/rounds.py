@@ -159,6 +159,7 @@ def draw(loop: Loop, source: str, rows: Sequence[Row], folder: Path, stale: int 
         [row.prompt for row in rows],
         [row.seed for row in rows],
         settings,
+        weights=[row.weights for row in rows] if any(row.weights for row in rows) else None,
         keep=keep,
         batch_size=how.batch_size,
         progress=loop.progress,
