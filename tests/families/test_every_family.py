@@ -25,7 +25,7 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import Family
 from flowalign.families.loading import detect_family, open_checkpoint
 from flowalign.families.noise import FlowNoise
-from flowalign.families.sampling import SamplerSettings, sample
+from flowalign.families.sampling import SamplerSettings, drawn, sample
 from flowalign.plan.flops import count, counted
 from flowalign.plan.model import outline
 from flowalign.rng import Keyed
@@ -167,6 +167,27 @@ def test_latents_decode_to_the_pictures_they_were_made_from(checkpoint: Path, fa
     scheduler.step = last
     found = pipeline(["a", "b"], num_inference_steps=1, output_type="pt", **family.call(1.0, 2), **SMALL).images
     torch.testing.assert_close(found, (wanted / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_what_the_sampler_ended_at_comes_with_a_picture_and_decodes_to_it(checkpoint: Path, family: Family) -> None:
+    """In the shape and scale of `encode_images`, so that training can take it in place of the picture's encoding."""
+    how = SamplerSettings(steps=2, guidance=1.0, **SMALL)
+    found = list(drawn(family.pipeline(family.denoiser), ["a", "b"], [3, 4], how, batch_size=2, progress=False))
+    assert [(each.index, each.seed) for each in found] == [(0, 3), (1, 4)]
+    ends = torch.stack([each.latents for each in found])
+    assert ends.shape == latents(family, 2).shape
+    pipeline = plainly(checkpoint)
+    step = pipeline.scheduler.step
+
+    def last(*inputs: Any, **options: Any) -> Any:
+        step(*inputs, **options)
+        return (family.pack(ends),)
+
+    pipeline.scheduler.step = last
+    pictures = pipeline(["a", "b"], num_inference_steps=1, **family.call(1.0, 2), **SMALL).images
+    for ours, theirs in zip(found, pictures, strict=True):
+        assert np.abs(np.asarray(ours.picture, int) - np.asarray(theirs, int)).max() <= 1
+    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 1
 
 
 def test_four_at_once_are_four_alone_and_calls_repeat(family: Family) -> None:
