@@ -13,6 +13,7 @@ from flowalign.settings import (
     Natural,
     Objective,
     Positive,
+    Rate,
     Reference,
     Sample,
     Section,
@@ -64,7 +65,7 @@ class Calibrate(Section):
 class Select(Section):
     """Which pictures are held against each other, see docs/selection.md."""
 
-    by: Literal["best_worst", "margin", "frs", "intersection", "majority", "random"] = "best_worst"
+    by: Literal["best_worst", "margin", "frs", "intersection", "majority", "random", "rso"] = "best_worst"
     """how pairs are picked"""
     score: str = "combined"
     """what orders pictures: combined, raw or one reward"""
@@ -76,6 +77,10 @@ class Select(Section):
     """equal scores"""
     tie_width: Annotated[float, Field(ge=0)] = 0.0
     """gap up to which scores are equal"""
+    temperature: Rate = 0.5
+    """β of rso"""
+    labels: Literal["votes", "rates"] = "votes"
+    """rates: how far apart the scores are is the label, not that they are"""
     pair_weights: Literal["even", "histogram"] = "even"
     """histogram: pairs of rare gaps count more"""
     order: Literal["none", "random", "explicit", "implicit", "potential"] = "none"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,8 +20,11 @@ from flowalign import cli, config, runs
 from flowalign.data.pairs import sequential
 from flowalign.device import make_accelerator
 from flowalign.errors import ConfigError
-from flowalign.improve_settings import ImproveConfig
+from flowalign.improve_settings import Calibrate, ImproveConfig, Select
 from flowalign.runs.rounds import Loop, ahead
+from flowalign.scoring.combine import WAYS
+from flowalign.scoring.order import ORDERS
+from flowalign.scoring.select import PICKERS
 from flowalign.setup import prepare
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -303,6 +306,15 @@ def test_an_alarm_ends_the_loop_and_the_round_before_is_kept(
     assert (tmp_path / "run" / "weights" / LORA).read_bytes() == first.read_bytes()
     assert "The loop was stopped." in (tmp_path / "run" / "report.html").read_text()
     assert runs.report(tmp_path / "run")["report"].endswith("report.html")
+
+
+def test_every_picker_order_and_way_to_combine_can_be_named() -> None:
+    def choices(section: type[Any], name: str) -> set[str]:
+        return set(get_args(section.model_fields[name].annotation))
+
+    assert choices(Select, "by") == set(PICKERS)
+    assert choices(Select, "order") == {"none", *ORDERS}
+    assert choices(Calibrate, "by") == set(WAYS) - {"fused", "general"}  # which are models fitted on labels
 
 
 def test_the_command_reads_a_configuration(loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

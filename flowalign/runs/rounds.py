@@ -263,6 +263,8 @@ def select_pairs(loop: Loop, number: int) -> int:
             ties=cfg.ties,
             tie_width=cfg.tie_width,
             weights=cfg.pair_weights,
+            temperature=cfg.temperature,
+            labels=cfg.labels,
             seed=lot,
         )
     ordered = pairs
