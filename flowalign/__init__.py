@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flowalign import runs
     from flowalign.config import dump as dump_config
     from flowalign.config import load as load_config
+    from flowalign.families.personal import personal
     from flowalign.families.steer import steered, unsteered
     from flowalign.flow.improve import load_flow
     from flowalign.flow.wrap import wrap
@@ -54,6 +55,7 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_flow",
+    "personal",
     "runs",
     "steered",
     "unsteered",
@@ -65,6 +67,7 @@ _LAZY = {
     "dump_config": ("config", "dump"),
     "load_config": ("config", "load"),
     "load_flow": ("flow.improve", "load_flow"),
+    "personal": ("families.personal", "personal"),
     "steered": ("families.steer", "steered"),
     "unsteered": ("families.steer", "unsteered"),
     "wrap": ("flow.wrap", "wrap"),

@@ -162,8 +162,8 @@ class Switches(Section):
 class Trainable(Section):
     """What of the model is trained."""
 
-    kind: Literal["lora", "full"] = "lora"
-    """low-rank adapters, or all weights"""
+    kind: Literal["lora", "full", "none"] = "lora"
+    """low-rank adapters, all weights, or nothing of it: then what the section users adds learns alone"""
     rank: Positive = 16
     """rank of the adapters"""
     alpha: Rate | None = None
@@ -182,6 +182,12 @@ def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("it names each once")
+    return names
+
+
 class Steer(Section):
     """One policy for many trade-offs between objectives, which a user weighs when drawing, see docs/steer.md."""
 
@@ -193,6 +199,21 @@ class Steer(Section):
     """tokens: width of the network"""
     dropout: Fraction = 0.1
     """probability that a comparison trains without its weights; with the empty prompt it always does"""
+
+
+class Users(Section):
+    """One policy for many people, each with an embedding that the denoiser reads, see docs/personal.md."""
+
+    names: Annotated[tuple[str, ...], AfterValidator(_once)] = ()
+    """who, as the column annotator of the comparisons has them; empty takes all of data.train"""
+    tokens: Positive = 4
+    """of a user's embedding, each as wide as the prompt's"""
+    dropout: Fraction = 0.1
+    """probability that a comparison trains for nobody; with the empty prompt it always does"""
+    known: str | None = None
+    """folder of a run with users to take in one more: nothing of it changes, and only the new one's embedding learns"""
+    new: str | None = None
+    """name of that user, who judged all comparisons"""
 
 
 class Loop(Section):
@@ -319,6 +340,8 @@ class Config(Section):
     train: Train = Train()
     steer: Steer | None = None
     """weights of several objectives as an input of the policy; null has none"""
+    users: Users | None = None
+    """who looks at the pictures as an input of the policy; null has none"""
     guard: Guard = Guard()
     sample: Sample = Sample()
     judges: str | None = None

@@ -26,8 +26,9 @@ from flowalign.align.checks import check
 from flowalign.align.fill import fill_banks
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
+from flowalign.align.personal import personal_policy
 from flowalign.align.reference import BEGINNING, MOVING, Following, following, standing, with_reference
-from flowalign.align.steer import Steered, steered_policy
+from flowalign.align.steer import Steered, by_part, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
@@ -110,7 +111,11 @@ class Prepared:
         return iter(pair_stream(self.config, self.accelerator, self.train, position))
 
     def first_batch(self) -> Batch:
-        return next(self.batches(0))
+        """For nobody, where a user is taken in, see `at_start`."""
+        batch, users = next(self.batches(0)), self.config.users
+        if users is None or users.known is None or batch.objective_weights is None:
+            return batch
+        return replace(batch, objective_weights=torch.zeros_like(batch.objective_weights))
 
     @property
     def full_step(self) -> PreferenceStep | MixtureStep:
@@ -121,11 +126,14 @@ class Prepared:
     def at_start(self) -> PreferenceStep | MixtureStep:
         """The same held against the model that the policy starts as, which is not what several references say.
 
-        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0.
+        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0. Where
+        a user is taken in, that is what the policy draws for nobody.
         """
         if self.config.trainable.start is not None:
             return replace(self, step=replace(self.step, reference=self.policy, bank=None)).full_step
-        several = self.config.reference.kind == "merged"
+        several, users = self.config.reference.kind == "merged", self.config.users
+        if users is not None and users.known is not None:
+            return replace(self.step, reference=by_part(self.policy)[0], bank=None)
         step = replace(self.step, reference=self.family.denoiser, bank=None) if several else self.step
         return replace(self, step=step).full_step
 
@@ -140,7 +148,7 @@ def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, po
         world_size=accelerator.num_processes,
         position=position,
         caption_dropout=config.train.caption_dropout,
-        weights_dropout=config.steer.dropout if config.steer else 0.0,
+        weights_dropout=told.dropout if (told := config.steer or config.users) else 0.0,
         cycle=config.reference.bank,
         workers=config.data.workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -152,7 +160,7 @@ def load_family(config: Config, device: torch.device) -> Family:
     model, name, outline = config.model, config.model.family, device.type == "meta"
     if name == "auto":
         name = detect_family(model.checkpoint, revision=model.revision, variant=model.variant, weights=not outline)
-    dtype = PRECISIONS[config.train.precision] if config.trainable.kind == "lora" else torch.float32
+    dtype = PRECISIONS[config.train.precision] if config.trainable.kind != "full" else torch.float32
     kind = plugins.load("families", name)
     make = kind.outline if outline else kind.load
     family: Family = make(model.checkpoint, dtype=dtype, revision=model.revision, variant=model.variant)
@@ -183,7 +191,7 @@ def choose_timesteps(config: Config, family: Family) -> str:
 
 
 def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
-    """Turn on gradients for what the configuration trains of `policy`. Raises ConfigError."""
+    """Turn on gradients for what the configuration trains of `policy`, the denoiser or several. Raises ConfigError."""
     wanted = config.trainable
     for place, each in enumerate(by_type(policy)):
         make_trainable(
@@ -244,6 +252,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm
     train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
+    if config.users is not None:
+        about["users"] = config.users.model_dump(mode="json") | {"names": list(train.users)}
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
     # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).
     layout = torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
@@ -287,7 +297,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if config.reference.bank is not None:
         stream, folder = pair_stream(config, accelerator, train), cache_folder(config.data.cache)
         bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
-    lora = config.trainable.kind == "lora"
+    lora = config.trainable.kind != "full"
     if begins is not None and not lora and config.reference.kind in BEGINNING:
         begins.into(frozen)
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=bank is not None)
@@ -297,6 +307,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         begins.into(policy)
     width = next(sequential(train, 1)).conditioning.tensors[CONTEXT].shape[-1]
     policy = steered_policy(policy, config.steer, width, config.train.seed)
+    policy = personal_policy(policy, config.users, train.users, family, width, config.train.seed)
     policy.to(memory_format=layout)
     moving = None
     if config.reference.kind in MOVING:

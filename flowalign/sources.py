@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from flowalign.align.personal import names_of
 from flowalign.data.audit import audit
 from flowalign.data.cache import LatentCache
 from flowalign.data.cached import Cached
@@ -98,7 +99,9 @@ def load_data(
         "resolution": resolution,
         "sources": {"train": data.train, "validation": data.validation or f"{data.held_out:.0%} of the prompts of train"},
     }
-    sets = {name: PairDataset(cache, part) for name, part in parts.items()}
+    users = names_of(config.users, parts["train"])
+    judge = config.users.new if config.users else None
+    sets = {name: PairDataset(cache, part, users=users, judge=judge) for name, part in parts.items()}
     return sets["train"], sets.get("held_out"), summary
 
 

@@ -13,18 +13,21 @@ from tqdm import tqdm
 
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.mixture import MixtureStep, by_type
+from flowalign.align.personal import in_turn, kept_lora
 from flowalign.align.reference import MOVING
 from flowalign.align.steer import by_part, even_and_corners
 from flowalign.align.step import PreferenceStep
 from flowalign.config import dump
 from flowalign.data.pairs import PairDataset, fixed_draws
 from flowalign.evaluate.guard import ACCURACY, MARGIN, TIMES, Guard, guard_report, sentence
+from flowalign.families.loading import USERS
+from flowalign.families.personal import Personal, write_users
 from flowalign.families.sampling import SamplerSettings, write_images
-from flowalign.families.steer import STEER, Steering, write_steering
+from flowalign.families.steer import STEER, Steering, Telling, write_steering
 from flowalign.files import write_text
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
-from flowalign.settings import Config
+from flowalign.settings import Config, Users
 from flowalign.setup import Prepared
 from flowalign.train.checkpoint import State, go_back, save
 from flowalign.train.loop import Verdict
@@ -120,7 +123,7 @@ class Recorder:
 def _first_weights(ready: Prepared) -> Mapping[str, torch.Tensor] | None:
     """What learns, as it was before training, where that costs little memory: adapters copied, all weights in the reference."""
     config = ready.config
-    if config.trainable.kind == "lora":
+    if config.trainable.kind != "full":
         return {name: parameter.detach().clone() for name, parameter in trained(ready.policy).items()}
     still = config.reference.bank is None and config.reference.kind not in MOVING
     if not still:
@@ -159,9 +162,11 @@ def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str
         steps=config.sample.steps, guidance=config.sample.guidance, precision=config.train.precision, height=side, width=side
     )
     seeds = [config.sample.seed + index for index in range(len(prompts))]
-    weights = None
-    if config.steer is not None:  # each prompt under several weights, from one seed
-        under = even_and_corners(config.steer)
+    weights: list[dict[str, float]] | None = None
+    under = even_and_corners(config.steer) if config.steer else []
+    if config.users is not None:
+        under = in_turn(ready.train.users, config.users.new)
+    if under:  # each prompt under several weights, from one seed
         few = max(1, len(prompts) // len(under))
         seeds = [seed for seed in seeds[:few] for _ in under]
         prompts, weights = [prompt for prompt in prompts[:few] for _ in under], under * few
@@ -170,9 +175,25 @@ def draw_samples(config: Config, ready: Prepared, run: RunDir, prompts: list[str
         for part, policy in [] if denoiser is None else parts(run, denoiser):
             learned, shift = by_part(policy)
             folder, pipeline = part.samples / f"step-{step:08d}", ready.family.pipeline(learned)
-            if config.steer is not None:
-                Steering(config.steer, shift).attach(pipeline)
+            telling = _telling(ready, shift)
+            if telling is not None:
+                telling.attach(pipeline)
             write_images(folder, pipeline, prompts, seeds, settings, weights=weights, batch_size=size, progress=progress)
+            if telling is not None:
+                telling.detach(pipeline)
+
+
+def _telling(ready: Prepared, shift: Any) -> Telling | None:
+    """What tells a pipeline of the policy what the policy is told beside the prompt."""
+    if ready.config.steer is not None:
+        return Steering(ready.config.steer, shift)
+    return None if ready.config.users is None else Personal(_named(ready), shift)
+
+
+def _named(ready: Prepared) -> Users:
+    """The section users with everybody's names."""
+    users = ready.config.users or Users()
+    return users.model_copy(update={"names": ready.train.users})
 
 
 def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
@@ -190,6 +211,8 @@ def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Modul
         write_text(part.config, dump(config))
         learned, shift = by_part(each)
         beside = {STEER: write_steering(config.steer, shift)} if config.steer is not None else {}
+        if config.users is not None:
+            beside = {USERS: write_users(_named(ready), shift), **kept_lora(config.users)}
         export(learned, config.trainable.kind, family.pipeline(learned), family.component, part.weights, beside)
         written.append(part.path)
     if ready.annotators is not None:

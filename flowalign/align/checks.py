@@ -180,6 +180,39 @@ def _steer(facts: Facts) -> Iterator[str]:
         )
 
 
+def _users(facts: Facts) -> Iterator[str]:
+    config, users = facts.config, facts.config.users
+    reference, types, kind = config.reference.kind, config.switches.annotator_types, config.trainable.kind
+    if users is None:
+        if kind == "none":
+            yield "trainable.kind 'none' trains nothing of the denoiser, and there is no section users to learn; give one."
+        return
+    if (users.known is None) != (users.new is None):
+        yield "users.known and users.new go together: a run with users, and who is taken in; give both, or neither."
+    refused = {
+        "steer tells it something else": config.steer is not None,
+        f"reference.kind {reference!r} follows it, and it is held against a model that knows nobody": reference in MOVING,
+        f"switches.annotator_types {types} trains several": types > 1,
+        "train.compile compiles a denoiser that is called by itself": config.train.compile,
+        f"trainable.kind {kind!r} changes the run that users.known names": users.known is not None and kind != "none",
+    }
+    for why, holds in refused.items():
+        if holds:
+            yield f"users makes one policy of many people, but {why}; change it, or set users=null."
+    train = facts.comparisons[0]
+    bare = int((np.array(train.annotators)[train.annotator] == "").sum())
+    if bare and users.new is None:
+        yield (
+            f"users must know who judged, and {bare} of the {len(train)} comparisons do not say; give every row an annotator, "
+            "or name its column, such as data.columns={annotator: user_id}."
+        )
+    strangers = sorted(set(train.annotators) - {"", *users.names}) if users.names and users.new is None else []
+    if strangers:
+        yield (
+            f"users.names leaves out {strangers[0]!r}, who judged comparisons of data.train; name everybody, or leave it empty."
+        )
+
+
 def _annotators(facts: Facts) -> Iterator[str]:
     config, train = facts.config, facts.comparisons[0]
     if config.switches.annotator_types == 1:
@@ -288,6 +321,7 @@ RULES: tuple[Callable[[Facts], Iterator[str]], ...] = (
     _moving_reference,
     _merged_reference,
     _steer,
+    _users,
     _annotators,
     _moving_beta,
     _shape,

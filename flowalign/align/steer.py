@@ -6,6 +6,7 @@ MO-ODPO, Gupta et al. 2025, arXiv 2503.00295, see docs/steer.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from flowalign.settings import Steer
 
 class Steered(nn.Module):
     """A denoiser whose prompts are shifted by what the weights of the objectives say; before training by nothing."""
+
+    shift: nn.Module
+    """What is told the weights."""
 
     def __init__(self, denoiser: nn.Module, shift: Shift) -> None:
         super().__init__()
@@ -39,7 +43,7 @@ def steered_policy(policy: nn.Module, steer: Steer | None, width: int, seed: int
     return Steered(policy, Shift(len(steer.objectives), width, steer.hidden, key(seed, "steer")).to(device))
 
 
-def by_part(policy: nn.Module) -> tuple[nn.Module, Shift | None]:
+def by_part(policy: nn.Module) -> tuple[nn.Module, Any]:
     """(the denoiser, what steers it) of a policy."""
     return (policy.denoiser, policy.shift) if isinstance(policy, Steered) else (policy, None)
 

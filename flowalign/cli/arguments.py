@@ -90,6 +90,11 @@ def weights(text: str) -> dict[str, float]:
     return {name.strip(): scale(value) for name, _, value in pairs}
 
 
+def user(text: str) -> dict[str, float]:
+    """NAME, or shares of several: NAME=W,NAME=W."""
+    return weights(text) if "=" in text else {text: 1.0}
+
+
 def natural(text: str) -> int:
     """A whole number of 0 or more."""
     value = int(text) if text.strip().isdecimal() else -1

@@ -13,6 +13,7 @@ from flowalign.cli.arguments import (
     sampling,
     scale,
     share,
+    user,
     weights,
 )
 from flowalign.errors import ConfigError
@@ -25,6 +26,7 @@ def add(command: Command) -> None:
     )
     add_sampling(generate, Path("runs/generate"))
     generate.add_argument("--weights", type=weights, metavar="NAME=W,...", help="of a steered run's objectives, in any scale")
+    generate.add_argument("--user", type=user, metavar="NAME", help="of a run with users, or shares of several: ann=1,bob=1")
     generate.add_argument("--flow", metavar="RUN", help="move what is drawn along the flow of this run folder")
     generate.add_argument(
         "--mix",
@@ -59,6 +61,8 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     drawing = sampling(options)
     given = {"out": options.out, "weights": options.weights, "flow": options.flow}
+    if options.user is not None:
+        given["user"] = options.user
     if options.mix:
         given["mix"] = dict(options.mix)
     if options.negative is not None:

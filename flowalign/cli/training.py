@@ -24,6 +24,15 @@ def add(command: Command) -> None:
     align.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
     align.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
 
+    adapt = command("adapt", _adapt, "Take a new user into a run with users: learn one embedding from a few comparisons.")
+    adapt.add_argument("run", type=Path, metavar="RUN", help="a finished run with a section users")
+    adapt.add_argument("pairs", metavar="PAIRS", help="comparisons that the new user judged, four or more")
+    adapt.add_argument("--user", required=True, metavar="NAME", help="what to call the new user")
+    adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder that knows the new user too")
+    adapt.add_argument("--steps", type=positive, default=60, metavar="N", help="optimizer steps (%(default)s)")
+    adapt.add_argument("--learning-rate", type=scale, default=0.05, help="of the embedding (%(default)s)")
+    add_overrides(adapt)
+
     plan = command("plan", _plan, "Say what a configuration would train, hold, store and cost, without weights or pictures.")
     plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
     add_overrides(plan)
@@ -58,6 +67,20 @@ def _align(options: argparse.Namespace) -> dict[str, Any]:
 
     settings = run_settings(options, config.load)
     return runs.align(settings, resume=options.resume)
+
+
+def _adapt(options: argparse.Namespace) -> dict[str, Any]:
+    from flowalign import runs
+
+    return runs.adapt(
+        options.run,
+        options.pairs,
+        options.user,
+        options.out,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        overrides=options.overrides,
+    )
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:

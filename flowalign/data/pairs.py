@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -44,8 +45,22 @@ class PairDataset(Dataset[Batch]):
     Raises DataError if an entry is missing or damaged.
     """
 
-    def __init__(self, cache: LatentCache, cached: Cached, *, memory: int = MEMORY, progress: bool = False) -> None:
-        self.cached, self._cache = cached, cache
+    def __init__(
+        self,
+        cache: LatentCache,
+        cached: Cached,
+        *,
+        users: Sequence[str] = (),
+        judge: str | None = None,
+        memory: int = MEMORY,
+        progress: bool = False,
+    ) -> None:
+        """users: who a policy knows; instead of objective weights, batches then have 1 at the place of who judged and 0 at all
+        others. judge: who judged everything, whatever the rows say.
+        """
+        self.cached, self._cache, self.users = cached, cache, tuple(users)
+        known = {name: place for place, name in enumerate(users)}
+        self._user = torch.tensor([known.get(judge or name, -1) for name in cached.annotators])[cached.annotator]
         unique, place = distinct(cached.pictures)
         self._digests = unique
         self._picture = torch.from_numpy(place)
@@ -105,9 +120,14 @@ class PairDataset(Dataset[Batch]):
             scores=self._scores[index],
             grades=self._grades[index],
             annotators=tuple(self._annotators[item.place] for item in items),
-            objective_weights=self._weights[index].masked_fill(bare[:, None], 0) if self._weights.shape[1] else None,
+            objective_weights=self._weighed(index, bare),
             policy_conditioning=self._conditionings(told) if self._in_words else None,
         )
+
+    def _weighed(self, index: Tensor, bare: Tensor) -> Tensor | None:
+        if self.users:
+            return one_hot(self._user[index].masked_fill(bare, -1) + 1, len(self.users) + 1)[:, 1:].float()
+        return self._weights[index].masked_fill(bare[:, None], 0) if self._weights.shape[1] else None
 
     def _conditionings(self, prompts: Sequence[int]) -> Conditioning:
         if self._conditioning is not None:

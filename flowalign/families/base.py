@@ -64,6 +64,10 @@ class Family(ABC):
     negative: str | None = None
     """Rows of a guided pipeline's call to its denoiser that are the negative prompts': the first half, or the last; None where
     it calls for them apart, or not at all."""
+    attentions: tuple[str, ...] = ("attn",)
+    """Last names of the denoiser's attentions in which pictures read the prompt."""
+    context: str = "encoder_hidden_states"
+    """What its `forward` calls the prompt's tokens."""
     timesteps: str = "stratified"
     """How training times are drawn unless told otherwise; a name in `align.timesteps.TIMESTEPS`."""
 

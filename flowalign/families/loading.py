@@ -28,6 +28,8 @@ from flowalign.errors import CheckpointError, reason
 
 INDEX = "model_index.json"
 LORA = "pytorch_lora_weights.safetensors"
+USERS = "users.safetensors"
+"""What a run with a section users saves beside its LoRA, or instead of one."""
 FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)  # what loaders raise
 
 
@@ -68,7 +70,7 @@ def locate(checkpoint: str | Path, *, revision: str | None = None, variant: str 
         for folder in (path, path / "weights"):
             if (folder / INDEX).is_file():
                 return Located(name, folder, variant=variant)
-        if (path / "weights" / LORA).is_file():
+        if any((path / "weights" / each).is_file() for each in (LORA, USERS)):
             raise CheckpointError(
                 f"{name} is a LoRA run, not a whole model; name the checkpoint that its config.yaml names instead."
             )
@@ -214,10 +216,10 @@ def family_of(pipeline_class: str, checkpoint: str = "the pipeline") -> str:
 
 @dataclass(frozen=True)
 class LoraRun:
-    """A run folder of ours whose weights are a LoRA, and what it was trained on."""
+    """A run folder of ours whose weights are a LoRA, embeddings of users or both, and what it was trained on."""
 
     weights: Path
-    """Folder of the LoRA's file."""
+    """Folder of their files."""
     base: str
     revision: str | None
     variant: str | None
@@ -226,7 +228,7 @@ class LoraRun:
 def find_lora(checkpoint: str | Path) -> LoraRun | None:
     """The LoRA run that a checkpoint names, None for whole models. Raises CheckpointError where its base is not known."""
     weights = Path(checkpoint).expanduser() / "weights"
-    if not (weights / LORA).is_file() or (weights / INDEX).is_file():
+    if not any((weights / name).is_file() for name in (LORA, USERS)) or (weights / INDEX).is_file():
         return None
     try:
         model = yaml.safe_load((weights.parent / "config.yaml").read_text(encoding="utf-8"))["model"]
@@ -239,7 +241,9 @@ def find_lora(checkpoint: str | Path) -> LoraRun | None:
 
 
 def add_lora(denoiser: Any, run: LoraRun, component: str) -> None:
-    """Load the run's adapter into a denoiser of its base, in place. Raises CheckpointError."""
+    """Load the run's adapter, where it has one, into a denoiser of its base, in place. Raises CheckpointError."""
+    if not (run.weights / LORA).is_file():
+        return
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # an outline holds no values

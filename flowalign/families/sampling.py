@@ -20,7 +20,7 @@ from flowalign import plugins
 from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import digest, family_of
-from flowalign.families.steer import Rows, Steering, rows_for, steering_of
+from flowalign.families.steer import Rows, Telling, rows_for, steering_of
 from flowalign.files import atomic, write_text
 from flowalign.rng import starting_noise
 
@@ -263,7 +263,7 @@ def write_images(
     return [folder / entry["file_name"] for entry in wanted]
 
 
-def _under(steering: Steering | None, rows: Rows | None, index: int) -> dict[str, dict[str, float]]:
+def _under(steering: Telling | None, rows: Rows | None, index: int) -> dict[str, dict[str, float]]:
     if steering is None or rows is None or not any(rows[index]):
         return {}
     return {"weights": steering.named(rows[index])}

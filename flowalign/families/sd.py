@@ -23,6 +23,7 @@ class StableDiffusion(LatentFamily):
     pipeline_classes = ("StableDiffusionPipeline",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0")
     negative = "first"
+    attentions = ("attn2",)
     text_parts = ("text_encoder", "tokenizer")
 
     def __init__(self, located: Located, dtype: torch.dtype, parts: Parts = load_parts) -> None:

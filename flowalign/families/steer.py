@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
@@ -23,7 +24,7 @@ from flowalign.settings import Steer
 
 STEER = "steer.safetensors"
 PLACE = "_flowalign_steering"
-"""Where a pipeline keeps its `Steering`."""
+"""Where a pipeline keeps its `Telling`."""
 Rows = tuple[tuple[float, ...], ...]
 """Weights of the objectives, one row for all pictures or one a prompt; a row of zeros is none."""
 
@@ -64,29 +65,40 @@ def write_steering(settings: Steer, shift: Shift | None) -> bytes:
     return save(state, {"steer": settings.model_dump_json()})
 
 
-class Steering:
-    """What tells one pipeline the weights of objectives."""
+class Telling(ABC):
+    """What tells one pipeline something beside the prompt: a weight for each of several names."""
 
-    def __init__(self, settings: Steer, shift: Shift | None) -> None:
-        self.settings, self.shift = settings, shift
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
         self.rows: Rows | None = None
-        """What is drawn under now; None is no weights."""
+        """What is drawn under now; None is nothing."""
         self.own_lora = False
         """The adapters came with it."""
         self._asked: int | None = None
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
-        return digest(self.settings.model_dump(mode="json"), *(() if self.shift is None else (_Plain(self.shift),)))
+        """Of what it tells, and how."""
+
+    @abstractmethod
+    def said(self, prompt: str | list[str] | None) -> str | list[str] | None:
+        """What is encoded instead of a prompt."""
+
+    @abstractmethod
+    def told(self, encoded: tuple[Any, ...], *, negative: bool, both: bool) -> tuple[Any, ...]:
+        """What `encode_prompt` gave -> what it gives under `rows`.
+
+        negative: it encoded the negative prompts; both: the prompts and, in second place, the negative ones.
+        """
 
     def named(self, row: Sequence[float]) -> dict[str, float]:
-        """Weights by objective."""
-        return {name: round(value, 6) for name, value in zip(self.settings.objectives, row, strict=True)}
+        """Weights by name."""
+        return {name: round(value, 6) for name, value in zip(self.names, row, strict=True)}
 
     def row(self, weights: Mapping[str, float] | None) -> tuple[float, ...]:
         """What a user asks for, on the simplex; None is zeros. Raises ConfigError."""
-        objectives = self.settings.objectives
-        return (0.0,) * len(objectives) if weights is None else shares(weights, objectives)
+        return (0.0,) * len(self.names) if weights is None else shares(weights, self.names)
 
     @contextmanager
     def under(self, rows: Rows | None) -> Iterator[None]:
@@ -98,7 +110,7 @@ class Steering:
             self.rows = before
 
     def attach(self, pipeline: Any) -> None:
-        """Stand between the pipeline and its own encoding of prompts. Negative prompts are told no weights.
+        """Stand between the pipeline and its own encoding of prompts. Negative prompts are told nothing.
 
         A pipeline that does not encode both prompts in one call encodes the negative one in a second.
         """
@@ -110,14 +122,12 @@ class Steering:
         def encode(*given: Any, **named: Any) -> Any:
             negative = twice and bool(self._asked)
             self._asked = None if self._asked is None else self._asked + 1
-            if self.rows is None or negative:
+            if self.rows is None:
                 return plain(*given, **named)
-            if self.shift is None:
-                call = inspect.signature(plain).bind(*given, **named)
-                call.arguments["prompt"] = self._worded(call.arguments.get("prompt"))
-                return plain(*call.args, **call.kwargs)
-            tokens, *others = plain(*given, **named)
-            return (self._shifted(tokens), *others)
+            call = inspect.signature(plain).bind(*given, **named)
+            if not negative:
+                call.arguments["prompt"] = self.said(call.arguments.get("prompt"))
+            return self.told(plain(*call.args, **call.kwargs), negative=negative, both=not twice)
 
         def noting(function: Callable[..., Any], asked: int | None) -> Callable[..., Any]:
             @wraps(function)
@@ -133,27 +143,51 @@ class Steering:
             pipeline.maybe_free_model_hooks = noting(pipeline.maybe_free_model_hooks, None)
         setattr(pipeline, PLACE, self)
 
-    def _each(self, count: int) -> Rows:
+    def detach(self, pipeline: Any) -> None:
+        """Take away what `attach` put there, and a LoRA that came with it."""
+        for name in ("encode_prompt", "check_inputs", "maybe_free_model_hooks", PLACE):
+            vars(pipeline).pop(name, None)
+        if self.own_lora:
+            pipeline.unload_lora_weights()
+
+    def each(self, count: int) -> Rows:
         """The row of each of `count` pictures."""
         rows = self.rows or ()
         if count % len(rows):
             raise ConfigError(f"there are weights for {len(rows)} prompts, and {count} pictures; give one for each, or one.")
         return tuple(row for row in rows for _ in range(count // len(rows)))
 
-    def _worded(self, prompt: str | list[str] | None) -> str | list[str] | None:
-        if prompt is None:  # its encoding is given
-            return None
+
+class Steering(Telling):
+    """What tells one pipeline the weights of objectives."""
+
+    def __init__(self, settings: Steer, shift: Shift | None) -> None:
+        super().__init__(settings.objectives)
+        self.settings, self.shift = settings, shift
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.settings.model_dump(mode="json"), *(() if self.shift is None else (Plain(self.shift),)))
+
+    def said(self, prompt: str | list[str] | None) -> str | list[str] | None:
+        if self.shift is not None or prompt is None:  # None: its encoding is given
+            return prompt
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows, objectives = self._each(len(prompts)), self.settings.objectives
-        said = [wording(text, objectives, row) if any(row) else text for text, row in zip(prompts, rows, strict=True)]
+        rows = self.each(len(prompts))
+        said = [wording(text, self.names, row) if any(row) else text for text, row in zip(prompts, rows, strict=True)]
         return said[0] if isinstance(prompt, str) else said
+
+    def told(self, encoded: tuple[Any, ...], *, negative: bool, both: bool) -> tuple[Any, ...]:
+        if negative or self.shift is None:
+            return encoded
+        return (self._shifted(encoded[0]), *encoded[1:])
 
     def _shifted(self, tokens: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """`[B, L, D]`, or a list of `[l, D]`."""
         if isinstance(tokens, list):
-            weights = torch.tensor(self._each(len(tokens)), device=tokens[0].device)
+            weights = torch.tensor(self.each(len(tokens)), device=tokens[0].device)
             return [self._moved(each[None], row[None])[0] for each, row in zip(tokens, weights, strict=True)]
-        return self._moved(tokens, torch.tensor(self._each(len(tokens)), device=tokens.device))
+        return self._moved(tokens, torch.tensor(self.each(len(tokens)), device=tokens.device))
 
     def _moved(self, tokens: Tensor, weights: Tensor) -> Tensor:
         if self.shift is None:
@@ -167,7 +201,7 @@ class Steering:
         return self.shift.to(tokens.device)(tokens, weights)
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
     """For `digest`, which asks modules for their settings."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -175,18 +209,19 @@ class _Plain(nn.Module):
         self.module, self.config = module, {}
 
 
-def folder_of(run: str | Path) -> Path:
-    """The folder that holds a steered run's file: `run/weights`, or the folder itself. Raises CheckpointError."""
+def folder_of(run: str | Path, file: str) -> Path:
+    """The folder that holds a file such as `STEER`: `run/weights`, or the folder itself. Raises CheckpointError."""
     path = Path(run).expanduser()
     for folder in (path / "weights", path):
-        if (folder / STEER).is_file():
+        if (folder / file).is_file():
             return folder
-    raise CheckpointError(f"{run} holds no {STEER}; give the folder of a finished run with a section steer.")
+    section = file.partition(".")[0]
+    raise CheckpointError(f"{run} holds no {file}; give the folder of a finished run with a section {section}.")
 
 
 def load_steering(run: str | Path) -> Steering:
     """What a steered run saved. Raises CheckpointError."""
-    path = folder_of(run) / STEER
+    path = folder_of(run, STEER) / STEER
     try:
         with safe_open(path, "pt") as file:
             settings = Steer.model_validate_json(file.metadata()["steer"])
@@ -201,9 +236,9 @@ def load_steering(run: str | Path) -> Steering:
     return Steering(settings, shift.requires_grad_(False).eval())
 
 
-def steering_of(pipeline: Any) -> Steering | None:
-    """What `steered` put into a pipeline."""
-    found: Steering | None = vars(pipeline).get(PLACE)
+def steering_of(pipeline: Any) -> Telling | None:
+    """What `steered` or `personal` put into a pipeline."""
+    found: Telling | None = vars(pipeline).get(PLACE)
     return found
 
 
@@ -214,7 +249,11 @@ def steered(pipeline: Any, run: str | Path, weights: Mapping[str, float] | None 
     in any scale, such as {"clip": 0.7, "style": 0.3}; an objective that is not named has weight 0; None draws without weights.
     Call it again for other weights, and `unsteered` to have the pipeline as it was. Raises CheckpointError and ConfigError.
     """
-    folder, steering = folder_of(run), load_steering(run)
+    return put(pipeline, folder_of(run, STEER), load_steering(run), weights)
+
+
+def put(pipeline: Any, folder: Path, steering: Telling, weights: Mapping[str, float] | None) -> Any:
+    """Put what was loaded from a folder of weights into a pipeline, with the folder's LoRA; returns the pipeline."""
     row = steering.row(weights)
     unsteered(pipeline)
     family = plugins.load("families", family_of(type(pipeline).__name__))
@@ -228,19 +267,16 @@ def steered(pipeline: Any, run: str | Path, weights: Mapping[str, float] | None 
 
 
 def unsteered(pipeline: Any) -> Any:
-    """Take out what `steered` put into a pipeline, its LoRA included; nothing where there is nothing. Returns the pipeline."""
+    """Take out what `steered` or `personal` put into a pipeline, its LoRA included. Returns the pipeline."""
     steering = steering_of(pipeline)
     if steering is not None:
-        for name in ("encode_prompt", "check_inputs", "maybe_free_model_hooks", PLACE):
-            vars(pipeline).pop(name, None)
-        if steering.own_lora:
-            pipeline.unload_lora_weights()
+        steering.detach(pipeline)
     return pipeline
 
 
 def rows_for(
     pipeline: Any, weights: Sequence[Mapping[str, float] | None] | None, count: int
-) -> tuple[Steering | None, Rows | None]:
+) -> tuple[Telling | None, Rows | None]:
     """What steers a pipeline, and the weights of each of `count` pictures, by default those it draws under.
 
     Raises ConfigError.

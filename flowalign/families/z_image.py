@@ -22,6 +22,8 @@ class ZImage(FlowFamily):
     pipeline_classes = ("ZImagePipeline",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     negative = "last"
+    attentions = ("attention",)
+    context = "cap_feats"
     text_parts = ("text_encoder", "tokenizer")
 
     @classmethod

@@ -85,7 +85,7 @@ def _beta_of_sums(facts: Facts) -> Iterator[str]:
 
 def _collapse(facts: Facts) -> Iterator[str]:
     rate, beta, kind = facts.config.train.learning_rate, facts.knobs.get("beta"), facts.config.trainable.kind
-    if beta and not facts.sums and rate / beta > RATIO[kind]:
+    if beta and not facts.sums and kind in RATIO and rate / beta > RATIO[kind]:
         yield (
             f"train.learning_rate {rate:g} with objective.beta {beta:g} and trainable.kind {kind} is a ratio of "
             f"{rate / beta:.1e}, and beyond {RATIO[kind]:.1e} the error of chosen pictures rises and they turn to mush: set "

@@ -13,6 +13,7 @@ from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.merged import open_merged
 from flowalign.align.mixture import by_type, of_types
+from flowalign.align.personal import expected_names, personal_policy
 from flowalign.align.reference import MOVING, following, standing, with_reference
 from flowalign.align.steer import Steered, steered_policy
 from flowalign.align.step import PreferenceStep
@@ -42,7 +43,7 @@ class Outline:
     pictures: int
     """of a comparison, N"""
     objectives: int = 0
-    """that the policy is told the weights of"""
+    """that the policy is told the weights of, or users"""
 
     def batch(self, count: int) -> Batch:
         """`count` comparisons of prompts as long as they can be, once for each policy."""
@@ -74,7 +75,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     """Build what `setup.prepare` would, without weights or data. Raises CheckpointError and ConfigError."""
     objective, knobs = load_objective(config)
     family = load_family(config, META)
-    lora, drawn = config.trainable.kind == "lora", config.reference.bank
+    lora, drawn = config.trainable.kind != "full", config.reference.bank
     frozen = family.denoiser
     policy, reference = with_reference(frozen, config.reference.kind, lora=lora, banked=drawn is not None)
     learns = policy
@@ -84,7 +85,10 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     choose_trainable(config, family, learns)
     if config.trainable.start is not None:
         read_start(config.trainable, config.model, family, weights=False).into(learns)
-    learns = steered_policy(learns, config.steer, family.outline_prompts(1).tensors[CONTEXT].shape[-1], config.train.seed)
+    width, users = family.outline_prompts(1).tensors[CONTEXT].shape[-1], config.users
+    learns = steered_policy(learns, config.steer, width, config.train.seed)
+    names = expected_names(users)
+    learns = personal_policy(learns, users, names, family, width, config.train.seed)
     anchor = following(learns, frozen, config.reference, lora=lora)[0] if config.reference.kind in MOVING else frozen
     if config.reference.kind == "start":
         anchor = standing(learns, frozen, lora=lora)
@@ -121,5 +125,5 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         resolution=resolution,
         latents=tuple(latents),
         pictures=pictures,
-        objectives=len(config.steer.objectives) if config.steer else 0,
+        objectives=len(config.steer.objectives if config.steer else names),
     )

@@ -95,12 +95,15 @@ def _cell(picture: Generated, side: int) -> Image.Image:
     return cell
 
 
+WHAT = {"lora": "A LoRA for", "full": "All weights of", "none": "Embeddings of users for"}
+
+
 def _front(config: Config) -> str:
     """YAML front matter. A base that is only on this disk has no name on the hub, and the hub refuses any other."""
     base = config.model.checkpoint
     front: dict[str, Any] = {}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
-        relation = "adapter" if config.trainable.kind == "lora" else "finetune"
+        relation = "finetune" if config.trainable.kind == "full" else "adapter"
         front = {"base_model": base, "base_model_relation": relation}
     tags = ["flowalign", "stable-diffusion", "preference-alignment", config.objective.name]
     front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
@@ -109,7 +112,7 @@ def _front(config: Config) -> str:
 
 
 def _opening(run: Path, config: Config, environment: Mapping[str, Any]) -> str:
-    what = "A LoRA for" if config.trainable.kind == "lora" else "All weights of"
+    what = WHAT[config.trainable.kind]
     version = environment.get("packages", {}).get("flowalign")
     tool = f"flowalign {version}" if version and version[0].isdigit() else "flowalign"
     return (
@@ -158,6 +161,8 @@ def _usage(config: Config, weights: Path) -> str:
             f"folder = {folder}",
             "pipe.load_lora_weights(folder)",
         ]
+    elif config.trainable.kind == "none":
+        return ""
     else:
         lines = [f"folder = {folder}", "pipe = StableDiffusionPipeline.from_pretrained(folder)"]
     sample = config.sample
@@ -172,7 +177,7 @@ def _training(config: Config, environment: Mapping[str, Any]) -> str:
     if trainable.kind == "lora":
         alpha = trainable.rank if trainable.alpha is None else trainable.alpha
         rows |= {"trained": f"LoRA, rank {trainable.rank}, alpha {alpha:g}"}
-    else:
+    elif trainable.kind == "full":
         rows |= {"trained": "all weights of the U-Net"}
     warmup = f"{train.warmup_steps} steps of warm-up, then " if train.warmup_steps else ""
     rows |= {

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flowalign.runs.adapting import adapt as adapt
     from flowalign.runs.calibration import calibrate as calibrate
     from flowalign.runs.comparisons import audit as audit
     from flowalign.runs.exploring import explore as explore
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _VERBS = {
     "training": ("align", "plan", "suggest_beta"),
+    "adapting": ("adapt",),
     "flows": ("fit_flow", "apply_flow", "evaluate_flow"),
     "flow_fit": ("fit_field",),
     "improvement": ("improve",),

@@ -12,6 +12,7 @@ from flowalign.errors import ConfigError
 from flowalign.evaluate.compare import evaluate_folders
 from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
+from flowalign.families.personal import personal
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
 from flowalign.families.steer import steered
 from flowalign.files import write_text
@@ -33,6 +34,7 @@ def generate(
     precision: str = "fp32",
     device: str = "auto",
     weights: Mapping[str, float] | None = None,
+    user: Mapping[str, float] | None = None,
     flow: str | None = None,
     mix: Mapping[str, float] | None = None,
     negative: str | None = None,
@@ -42,7 +44,8 @@ def generate(
     """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
 
     weights: of the objectives that the run was steered with, by name and in any scale; None draws without, as diffusers does
-    that loads the run's weights. flow: the run folder of a flow to move them along; what was drawn is then in `out/before`.
+    that loads the run's weights. user: for whom to draw, by name and share, of a run with users. flow: the run folder of a
+    flow to move them along; what was drawn is then in `out/before`.
     mix: instead of a checkpoint, runs and their shares in the mean of predictions. negative: a run to move away from, such as
     one of reversed preferences, in place of the negative prompt's prediction; with a strength of 0 it is not asked.
     """
@@ -51,15 +54,19 @@ def generate(
     if (checkpoint is None) != bool(mix):
         raise ConfigError("pictures are drawn by one checkpoint or by a mix of several; give one of the two.")
     if mix or (negative is not None and negative_strength):
-        if weights is not None:
-            raise ConfigError("weights steer one run alone; leave the mix and the negative run out, or the weights.")
+        if weights is not None or user is not None:
+            raise ConfigError("weights and users are of one run alone; leave the mix and the negative run out, or them.")
         shares = mix or {str(checkpoint): 1.0}
         left = negative if negative_strength else None
         pipeline, name = open_mixed(shares, left, negative_strength, guidance=guidance, **opening)
     else:
         pipeline, name = open_checkpoint(str(checkpoint), **opening), None
+        if weights is not None and user is not None:
+            raise ConfigError("weights and user are both given, and a run knows one of them; give what it was trained with.")
         if weights is not None:
             steered(pipeline, str(checkpoint), weights)
+        if user is not None:
+            personal(pipeline, str(checkpoint), user)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn = out if flow is None else out / "before"
     texts, starts = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]

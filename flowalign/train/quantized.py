@@ -22,7 +22,7 @@ def quantize(denoiser: nn.Module, kind: str, *, trainable: str) -> None:
 
     Raises ConfigError where all weights are to be trained, and MissingExtraError.
     """
-    if trainable != "lora":
+    if trainable == "full":
         raise ConfigError(
             f"model.quantize is {kind!r}, but trainable.kind {trainable!r} trains the weights themselves, and quantised ones "
             "cannot move; set model.quantize=null or trainable.kind=lora."

@@ -29,7 +29,9 @@ def make_trainable(
     seed: int,
     gradient_checkpointing: bool,
 ) -> None:
-    """Turn on gradients for what learns. LoRA weights are made in float32 whatever the base's dtype, from `seed`.
+    """Turn on gradients for what learns: kind lora, full or none.
+
+    LoRA weights are made in float32 whatever the base's dtype, from `seed`.
 
     AdamW steps of a usual learning rate round away in bfloat16, so what learns is always kept in float32.
     Raises ConfigError where no module matches `targets`.
@@ -48,7 +50,7 @@ def make_trainable(
                     f"trainable.targets {list(targets)} match no layer of the denoiser; allowed: layer names such as "
                     f"{', '.join(sorted(linear)[:8])}."
                 ) from error
-    else:
+    elif kind == "full":
         policy.requires_grad_(True)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -91,6 +93,7 @@ def export(
     beside: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write `weights/` for plain diffusers: a LoRA file for `load_lora_weights`, or a whole pipeline for `from_pretrained`.
+    Of kind none there is only what lies beside.
 
     component: what the pipeline calls its denoiser, unet or transformer. beside: other safetensors files of the folder.
 
@@ -100,6 +103,8 @@ def export(
         for name, data in beside.items():
             (temporary / name).write_bytes(data)
             _sort_metadata(temporary / name)
+        if kind == "none":
+            return
         if kind == "full":
             pipeline.save_pretrained(temporary)  # type: ignore[attr-defined]
             return

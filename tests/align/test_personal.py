@@ -1,0 +1,266 @@
+"""A policy that knows its users: who is told, what learns, is saved, resumed, taken in and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import flowalign
+from flowalign import runs
+from flowalign.align.checks import check
+from flowalign.align.personal import Personal
+from flowalign.data.pairs import PairStream, fixed_draws
+from flowalign.device import make_accelerator
+from flowalign.errors import ConfigError
+from flowalign.families.loading import USERS, open_checkpoint
+from flowalign.families.sampling import SamplerSettings, sample
+from flowalign.rng import Keyed
+from flowalign.settings import Config
+from flowalign.setup import Prepared, load_objective, prepare
+from flowalign.train.trainable import trained
+
+Make = Callable[..., Prepared]
+USED = ("users={tokens: 2}", "trainable.kind=none")
+
+
+@pytest.fixture(scope="module")
+def tastes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A red and a blue picture of 16 things to train on and 8 held out; ann prefers red, bob blue, and eve as ann."""
+    folder, rng = tmp_path_factory.mktemp("tastes"), np.random.default_rng(0)
+    lines: dict[str, list[str]] = {"train": [], "held": [], "eve": []}
+    for place in range(24):
+        for name, tint in (("red", (225, 30, 30)), ("blue", (30, 30, 225))):
+            pixels = rng.normal(np.array(tint) + rng.normal(0, 25, 3), 8, (32, 32, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(folder / f"{place}-{name}.png")
+        for who in ("ann", "bob", "eve"):
+            better, worse = ("blue", "red") if who == "bob" else ("red", "blue")
+            row = {"prompt": f"{'abcdef'[place % 6]} thing", "annotator": who}
+            row |= {"chosen": f"{place}-{better}.png", "rejected": f"{place}-{worse}.png"}
+            part = "held" if place >= 16 and who != "eve" else "train" if who != "eve" else "eve" if place < 4 else ""
+            lines.setdefault(part, []).append(json.dumps(row) + "\n")
+    paths = {name: folder / f"{name}.jsonl" for name in ("train", "held", "eve")}
+    for name, path in paths.items():
+        path.write_text("".join(lines[name]))
+    return paths
+
+
+@pytest.fixture
+def data(tastes: dict[str, Path]) -> tuple[str, ...]:
+    return (f"data={{train: {tastes['train']}, validation: {tastes['held']}, resolution: 16}}",)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora", "full"])
+def test_at_the_start_policy_and_reference_agree_to_the_last_bit(prepared: Make, data: Any, kind: str) -> None:
+    ready = prepared(USED[0], *data, f"trainable.kind={kind}")
+    assert isinstance(ready.policy, Personal)
+    assert ready.train.users == ("ann", "bob")
+    with torch.no_grad():
+        terms = ready.step.terms(ready.first_batch(), Keyed(0))
+    assert terms.reference_error is not None
+    assert torch.equal(terms.policy_error, terms.reference_error)
+    assert ready.at_start.self_test(ready.first_batch(), Keyed(0)) == 0.0
+
+
+def test_a_batch_says_who_judged_unless_that_is_dropped(prepared: Make, data: Any) -> None:
+    ready = prepared(*USED, *data)
+    stream = PairStream(ready.train, 5, batch_size=8, caption_dropout=0.2, weights_dropout=0.3)
+    items = [item for group in islice(stream._items(), 20) for item in group]
+    batch = ready.train.__getitems__(items)
+    names = [json.loads(line)["annotator"] for line in Path(ready.config.data.train).read_text().splitlines()]
+    for row, item in enumerate(items):
+        who = names[ready.train.cached.indices[item.place]]
+        nobody = item.drop or item.bare
+        assert batch.objective_weights is not None
+        assert batch.objective_weights[row].tolist() == ([0.0, 0.0] if nobody else [float(who == "ann"), float(who == "bob")])
+    assert 0.3 < np.mean([item.drop or item.bare for item in items]) < 0.6
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_embeddings_and_projections_learn_and_adapters_where_asked(prepared: Make, data: Any, kind: str) -> None:
+    ready = prepared(USED[0], *data, f"trainable.kind={kind}", "train.caption_dropout=0", "users.dropout=0")
+    names = trained(ready.policy)
+    for _ in range(2):  # at the first step what is read is zero, and only what it is read by has a gradient
+        ready.optimizer.zero_grad()
+        ready.step(ready.first_batch(), Keyed(0))[0].mean().backward()
+        ready.optimizer.step()
+    own = {name for name in names if name.startswith("shift.")}
+    assert own == {"shift.embeddings"} | {f"shift.readings.{n}.{each}.weight" for n in range(4) for each in ("to_k", "to_v")}
+    assert all(names[name].grad is not None and names[name].grad.abs().max() > 0 for name in own)
+    assert {name for name in names if "lora" in name} == names.keys() - own
+    assert (names.keys() == own) == (kind == "none")
+
+
+@pytest.mark.parametrize("how", ["train.backward=chunked", "trainable.gradient_checkpointing=true"])
+def test_gradients_do_not_depend_on_what_is_computed_again(prepared: Make, data: Any, how: str) -> None:
+    found = []
+    for more in ((), (how, "train.chunk=2")):
+        ready = prepared(*USED, *data, "train.batch_size=4", *more)
+        with torch.no_grad():
+            for reading in ready.policy.shift.readings:
+                reading.to_v.weight.normal_(generator=torch.Generator().manual_seed(3))
+        ready.policy.train()
+        ready.step(ready.first_batch(), Keyed(0))[0].mean().backward()
+        found.append([parameter.grad for parameter in trained(ready.policy).values()])
+    for plain, other in zip(*found, strict=True):
+        assert (plain - other).norm() <= 1e-3 * plain.norm()
+
+
+FAST = (
+    "objective.beta=100.0",
+    "train.steps=30",
+    "train.learning_rate=2e-2",
+    "train.batch_size=8",
+    "train.caption_dropout=0",
+    "train.timestep_range=[0.2, 0.7]",
+)
+
+
+@pytest.fixture(scope="module")
+def run(settings: Any, tastes: dict[str, Path], clear: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that trained on ann's and bob's votes, over a frozen denoiser."""
+    folder = tmp_path_factory.mktemp("learn") / "run"
+    data = f"data={{train: {tastes['train']}, validation: {tastes['held']}, resolution: 16}}"
+    runs.align(settings(folder, *USED, f"model.checkpoint={clear}", data, *FAST), progress=False)
+    return folder
+
+
+def margins(run: Path, tastes: dict[str, Path], shares: dict[str, float], who: str) -> torch.Tensor:
+    """Δ of the held-out pairs of one user, read under shares of users, by the exported weights in a plain pipeline."""
+    from flowalign.config import load
+
+    config = load(run / "config.yaml", ["users=null", "trainable.kind=lora", f"data.validation={tastes['held']}"])
+    ready = prepare(config, make_accelerator(config, run), progress=False)
+    step, family = ready.step.on_held_out(), ready.family
+    pipeline = open_checkpoint(config.model.checkpoint)
+    flowalign.personal(pipeline, run, shares)
+    assert ready.held_out is not None
+    telling, total = pipeline._flowalign_steering, torch.zeros(16)
+    lines = (json.loads(line) for line in tastes["held"].read_text().splitlines())
+    mine = torch.tensor([line["annotator"] == who for line in lines])
+    with torch.no_grad():
+        for draw in range(4):
+            (batch,) = fixed_draws(ready.held_out, 16, 4, draw)
+            x_t, target, t = step.noised(batch, Keyed(1))
+            errors = []
+            for denoiser, rows in ((family.denoiser, None), (pipeline.unet, telling.rows)):
+                told = step.told(batch)
+                if rows is not None:
+                    (tokens,) = telling.told((told.tensors["prompt_embeds"],), negative=False, both=False)
+                    told = told.joined("prompt_embeds", tokens)
+                error = (family.predict(denoiser, x_t, t, told) - target).square().flatten(1).mean(1)
+                errors.append(error.view(16, 2))
+            h = 0.5 * (errors[0] - errors[1])
+            total += h[:, 0] - h[:, 1]
+    return total[mine]
+
+
+def test_users_of_opposite_tastes_are_each_served(run: Path, tastes: dict[str, Path]) -> None:
+    for who, other in (("ann", "bob"), ("bob", "ann")):
+        assert (margins(run, tastes, {who: 1.0}, who) > 0).all()
+        assert (margins(run, tastes, {other: 1.0}, who) < 0).all()  # with swapped names everything is wrong
+    between = [margins(run, tastes, {"ann": 1 - share, "bob": share}, "ann").mean().item() for share in (0.0, 0.5, 1.0)]
+    assert between[0] > between[1] > between[2]
+
+
+def test_a_run_is_drawn_for_its_users_and_for_nobody_as_the_base(run: Path, tmp_path: Path, clear: Path) -> None:
+    assert not list(run.glob("weights/*lora*"))
+    drawn = {}
+    for name, user in {"nobody": None, "ann": {"ann": 1.0}, "bob": {"bob": 2.0}, "end": {"ann": 1.0, "bob": 0.0}}.items():
+        found = runs.generate(str(run), ["a thing"], out=tmp_path / name, steps=2, user=user, progress=False)
+        assert found["pictures"] == 1
+        drawn[name] = (tmp_path / name / "00000-0.png").read_bytes()
+    runs.generate(str(clear), ["a thing"], out=tmp_path / "base", steps=2, progress=False)
+    assert drawn["nobody"] == (tmp_path / "base" / "00000-0.png").read_bytes()
+    assert drawn["end"] == drawn["ann"]
+    assert len({drawn["nobody"], drawn["ann"], drawn["bob"]}) == 3
+    row = json.loads((tmp_path / "bob" / "metadata.jsonl").read_text())
+    assert row["weights"] == {"bob": 1.0}
+    with pytest.raises(ConfigError, match="both given"):
+        runs.generate(str(run), ["a thing"], out=tmp_path / "x", user={"ann": 1.0}, weights={"ann": 1.0}, progress=False)
+
+
+def test_a_pipeline_draws_what_the_policy_would(run: Path) -> None:
+    from flowalign.config import load
+
+    config = load(run / "config.yaml", [])
+    ready = prepare(config, make_accelerator(config, run), progress=False)
+    ready.policy.shift.load_state_dict(load_file(run / "weights" / USERS))
+    pipeline = flowalign.personal(open_checkpoint(config.model.checkpoint), run, "bob")
+    told = ready.family.encode_prompts(["a thing"])
+    x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    given = told.joined("objective_weights", torch.tensor([[0.0, 1.0]]))
+    telling = pipeline._flowalign_steering
+    (tokens,) = telling.told((told.tensors["prompt_embeds"],), negative=False, both=False)
+    with torch.no_grad():
+        ours = ready.policy(ready.family, x_t, t, given)
+        theirs = ready.family.predict(pipeline.unet, x_t, t, told.joined("prompt_embeds", tokens))
+    assert torch.equal(ours, theirs)
+
+
+def test_one_more_user_is_taken_in_and_nothing_else_changes(run: Path, tastes: dict[str, Path], tmp_path: Path) -> None:
+    found = runs.adapt(run, str(tastes["eve"]), "eve", tmp_path / "run2", steps=12, learning_rate=0.2, progress=False)
+    assert found["finished"]
+    before, after = (load_file(folder / "weights" / USERS) for folder in (run, tmp_path / "run2"))
+    assert before.keys() == after.keys()
+    assert torch.equal(after["embeddings"][:2], before["embeddings"])
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "embeddings")
+    moved = (after["embeddings"][2] - before["embeddings"].mean(0)).abs()
+    assert 0 < moved.max() <= 12 * 0.2 + 1e-4  # steps of AdamW
+    last = margins(tmp_path / "run2", tastes, {"eve": 1.0}, "ann")
+    assert (last > 0).float().mean() >= 0.75  # eve has ann's taste
+    assert last.mean() > margins(run, tastes, {"ann": 0.5, "bob": 0.5}, "ann").mean()
+    again = runs.adapt(tmp_path / "run2", str(tastes["eve"]), "dan", tmp_path / "run3", steps=1, progress=False)
+    assert again["finished"]
+    assert load_file(tmp_path / "run3" / "weights" / USERS)["embeddings"].shape[0] == 4
+    with pytest.raises(ConfigError, match="knows"):
+        runs.adapt(run, str(tastes["eve"]), "ann", tmp_path / "run4", progress=False)
+
+
+def test_a_lora_beside_the_users_is_kept_when_one_is_taken_in(
+    settings: Callable[..., Config], tastes: dict[str, Path], data: Any, tmp_path: Path
+) -> None:
+    runs.align(settings(tmp_path / "run", USED[0], *data, "train.steps=2", "sample.prompts=[a thing]"), progress=False)
+    runs.adapt(tmp_path / "run", str(tastes["eve"]), "eve", tmp_path / "run2", steps=1, progress=False)
+    lora = "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / "weights" / lora).read_bytes() == (tmp_path / "run2" / "weights" / lora).read_bytes()
+    pipeline = open_checkpoint(str(tmp_path / "run2"))
+    pictures = []
+    for run in ("run", "run2"):
+        flowalign.personal(pipeline, tmp_path / run, "ann")
+        pictures += [picture for _, picture in sample(pipeline, ["a"], [0], SamplerSettings(steps=2), progress=False)]
+    assert np.array_equal(*map(np.asarray, pictures))
+
+
+def test_what_does_not_go_together_is_one_sentence(prepared: Make, data: Any) -> None:
+    ready = prepared(*USED, *data)
+    cached = [each.cached for each in (ready.train, ready.held_out) if each is not None]
+
+    def refused(**changes: Any) -> str:
+        parts = {}
+        for name, value in changes.items():
+            own = getattr(ready.config, name)
+            parts[name] = value if own is None or value is None else own.model_copy(update=value)
+        config = ready.config.model_copy(update=parts)
+        with pytest.raises(ConfigError) as caught:
+            check(config, ready.family, *load_objective(config), *cached)
+        return str(caught.value)
+
+    assert "nothing of the denoiser" in refused(users=None)
+    assert "go together" in refused(users={"new": "eve"})
+    assert "follows it" in refused(reference={"kind": "ema"}, trainable={"kind": "lora"})
+    assert "leaves out 'bob'" in refused(users={"names": ("ann",)})
+    assert "compiles" in refused(train={"compile": True})
+
+
+def test_a_row_without_annotator_is_refused(prepared: Make, votes: Path) -> None:
+    with pytest.raises(ConfigError, match="12 of the 12 comparisons do not say"):
+        prepared(*USED, f"data.train={votes}", f"data.validation={votes}")
