@@ -51,6 +51,10 @@ def merge(
         raise CheckpointError(
             f"the runs are of {len(bases)} bases, {', '.join(sorted(str(base[0]) for base in bases))}; merge runs of one base."
         )
+    if any(each.users is not None for each in settings):
+        raise CheckpointError(
+            "one of the runs knows users, and what its attentions read of them cannot be merged; merge others."
+        )
     if any(each.steer is not None for each in settings):
         raise CheckpointError(
             "one of the runs is steered by weights, and what tells it of them cannot be merged; merge runs that are not."

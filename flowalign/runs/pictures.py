@@ -55,7 +55,8 @@ def generate(
         raise ConfigError("pictures are drawn by one checkpoint or by a mix of several; give one of the two.")
     if mix or (negative is not None and negative_strength):
         if weights is not None or user is not None:
-            raise ConfigError("weights and users are of one run alone; leave the mix and the negative run out, or them.")
+            said = "a user is known to" if weights is None else "weights steer"
+            raise ConfigError(f"{said} one run alone; leave the mix and the negative run out, or the weights and the user.")
         shares = mix or {str(checkpoint): 1.0}
         left = negative if negative_strength else None
         pipeline, name = open_mixed(shares, left, negative_strength, guidance=guidance, **opening)
