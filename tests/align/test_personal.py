@@ -18,9 +18,11 @@ import flowalign
 from flowalign import runs
 from flowalign.align.checks import check
 from flowalign.align.personal import Personal
+from flowalign.config import load, parse
 from flowalign.data.pairs import PairStream, fixed_draws
 from flowalign.device import make_accelerator
 from flowalign.errors import ConfigError
+from flowalign.families.base import CONTEXT
 from flowalign.families.loading import USERS, open_checkpoint
 from flowalign.families.sampling import SamplerSettings, sample
 from flowalign.rng import Keyed
@@ -133,42 +135,58 @@ def run(settings: Any, tastes: dict[str, Path], clear: Path, tmp_path_factory: p
     return folder
 
 
-def margins(run: Path, tastes: dict[str, Path], shares: dict[str, float], who: str) -> torch.Tensor:
+def margins(run: Path, held: Path, shares: dict[str, float], who: str, draws: int = 4) -> torch.Tensor:
     """Δ of the held-out pairs of one user, read under shares of users, by the exported weights in a plain pipeline."""
-    from flowalign.config import load
-
-    config = load(run / "config.yaml", ["users=null", "trainable.kind=lora", f"data.validation={tastes['held']}"])
+    config = load(run / "config.yaml", ["users=null", "trainable.kind=lora", f"data.validation={held}"])
     ready = prepare(config, make_accelerator(config, run), progress=False)
     step, family = ready.step.on_held_out(), ready.family
-    pipeline = open_checkpoint(config.model.checkpoint)
-    flowalign.personal(pipeline, run, shares)
+    pipeline = flowalign.personal(open_checkpoint(config.model.checkpoint), run, shares)
     assert ready.held_out is not None
-    telling, total = pipeline._flowalign_steering, torch.zeros(16)
-    lines = (json.loads(line) for line in tastes["held"].read_text().splitlines())
-    mine = torch.tensor([line["annotator"] == who for line in lines])
+    telling, count = pipeline._flowalign_steering, len(ready.held_out)
+    lines = (json.loads(line) for line in held.read_text().splitlines())
+    mine, total = torch.tensor([line["annotator"] == who for line in lines]), torch.zeros(count)
     with torch.no_grad():
-        for draw in range(4):
-            (batch,) = fixed_draws(ready.held_out, 16, 4, draw)
+        for draw in range(draws):
+            (batch,) = fixed_draws(ready.held_out, count, draws, draw)
             x_t, target, t = step.noised(batch, Keyed(1))
-            errors = []
-            for denoiser, rows in ((family.denoiser, None), (pipeline.unet, telling.rows)):
-                told = step.told(batch)
-                if rows is not None:
-                    (tokens,) = telling.told((told.tensors["prompt_embeds"],), negative=False, both=False)
-                    told = told.joined("prompt_embeds", tokens)
-                error = (family.predict(denoiser, x_t, t, told) - target).square().flatten(1).mean(1)
-                errors.append(error.view(16, 2))
-            h = 0.5 * (errors[0] - errors[1])
+            told = step.told(batch)
+            (tokens,) = telling.told((told.tensors[CONTEXT],), negative=False, both=False)
+            base, ours = (
+                (family.predict(denoiser, x_t, t, each) - target).square().flatten(1).mean(1).view(count, 2)
+                for denoiser, each in ((family.denoiser, told), (pipeline.unet, told.joined(CONTEXT, tokens)))
+            )
+            h = 0.5 * (base - ours)
             total += h[:, 0] - h[:, 1]
     return total[mine]
 
 
 def test_users_of_opposite_tastes_are_each_served(run: Path, tastes: dict[str, Path]) -> None:
     for who, other in (("ann", "bob"), ("bob", "ann")):
-        assert (margins(run, tastes, {who: 1.0}, who) > 0).all()
-        assert (margins(run, tastes, {other: 1.0}, who) < 0).all()  # with swapped names everything is wrong
-    between = [margins(run, tastes, {"ann": 1 - share, "bob": share}, "ann").mean().item() for share in (0.0, 0.5, 1.0)]
+        assert (margins(run, tastes["held"], {who: 1.0}, who) > 0).all()
+        assert (margins(run, tastes["held"], {other: 1.0}, who) < 0).all()  # with swapped names everything is wrong
+    between = [margins(run, tastes["held"], {"ann": 1 - share, "bob": share}, "ann").mean().item() for share in (0.0, 0.5, 1.0)]
     assert between[0] > between[1] > between[2]
+
+
+@pytest.mark.slow
+def test_in_the_embedded_world_one_user_gets_fluent_and_one_noto(emoji: Path, tmp_path: Path) -> None:
+    for part, count in (("train", 200), ("held_out", 24)):
+        rows = []
+        for who, labels in (("ann", "fluent_over_noto"), ("bob", "noto_over_fluent")):
+            lines = (emoji / "preferences" / f"{labels}-{part}.jsonl").read_text().splitlines()[:count]
+            for row in map(json.loads, lines):
+                sides = {side: str(emoji) + row[side].removeprefix("..") for side in ("chosen", "rejected")}
+                rows.append(json.dumps({"prompt": row["prompt"], "annotator": who} | sides) + "\n")
+        (tmp_path / f"{part}.jsonl").write_text("".join(rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "held_out.jsonl")}
+    train = {"steps": 20, "learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 5, "validation_draws": 1}
+    tree = {"model": {"checkpoint": str(emoji / "tiny-sd")}, "data": data, "objective": {"beta": 800.0}, "train": train}
+    tree |= {"users": {}, "trainable": {"kind": "none"}, "sample": {"count": 1, "steps": 1}, "output": str(tmp_path / "run")}
+    runs.align(parse(tree), progress=False)
+    for who, other in (("ann", "bob"), ("bob", "ann")):
+        held = tmp_path / "held_out.jsonl"
+        assert margins(tmp_path / "run", held, {who: 1.0}, who, draws=2).mean() > 0
+        assert margins(tmp_path / "run", held, {other: 1.0}, who, draws=2).mean() < 0
 
 
 def test_a_run_is_drawn_for_its_users_and_for_nobody_as_the_base(run: Path, tmp_path: Path, clear: Path) -> None:
@@ -189,8 +207,6 @@ def test_a_run_is_drawn_for_its_users_and_for_nobody_as_the_base(run: Path, tmp_
 
 
 def test_a_pipeline_draws_what_the_policy_would(run: Path) -> None:
-    from flowalign.config import load
-
     config = load(run / "config.yaml", [])
     ready = prepare(config, make_accelerator(config, run), progress=False)
     ready.policy.shift.load_state_dict(load_file(run / "weights" / USERS))
@@ -199,10 +215,10 @@ def test_a_pipeline_draws_what_the_policy_would(run: Path) -> None:
     x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
     given = told.joined("objective_weights", torch.tensor([[0.0, 1.0]]))
     telling = pipeline._flowalign_steering
-    (tokens,) = telling.told((told.tensors["prompt_embeds"],), negative=False, both=False)
+    (tokens,) = telling.told((told.tensors[CONTEXT],), negative=False, both=False)
     with torch.no_grad():
         ours = ready.policy(ready.family, x_t, t, given)
-        theirs = ready.family.predict(pipeline.unet, x_t, t, told.joined("prompt_embeds", tokens))
+        theirs = ready.family.predict(pipeline.unet, x_t, t, told.joined(CONTEXT, tokens))
     assert torch.equal(ours, theirs)
 
 
@@ -215,9 +231,9 @@ def test_one_more_user_is_taken_in_and_nothing_else_changes(run: Path, tastes: d
     assert all(torch.equal(before[name], after[name]) for name in before if name != "embeddings")
     moved = (after["embeddings"][2] - before["embeddings"].mean(0)).abs()
     assert 0 < moved.max() <= 12 * 0.2 + 1e-4  # steps of AdamW
-    last = margins(tmp_path / "run2", tastes, {"eve": 1.0}, "ann")
+    last = margins(tmp_path / "run2", tastes["held"], {"eve": 1.0}, "ann")
     assert (last > 0).float().mean() >= 0.75  # eve has ann's taste
-    assert last.mean() > margins(run, tastes, {"ann": 0.5, "bob": 0.5}, "ann").mean()
+    assert last.mean() > margins(run, tastes["held"], {"ann": 0.5, "bob": 0.5}, "ann").mean()
     again = runs.adapt(tmp_path / "run2", str(tastes["eve"]), "dan", tmp_path / "run3", steps=1, progress=False)
     assert again["finished"]
     assert load_file(tmp_path / "run3" / "weights" / USERS)["embeddings"].shape[0] == 4
