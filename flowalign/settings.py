@@ -195,6 +195,8 @@ class Steer(Section):
     """names of the objectives, as the column objective_weights of the comparisons has them"""
     form: Literal["tokens", "prompt"] = "tokens"
     """how the policy is told their weights: by what a small network adds to the prompt's tokens, or in words before it"""
+    condition: Literal["weights", "scores"] = "weights"
+    """weights: under which a comparison holds; or each picture's own scores, 0 to 1, of which targets are given when drawing"""
     hidden: Positive = 64
     """tokens: width of the network"""
     dropout: Fraction = 0.1

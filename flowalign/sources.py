@@ -42,6 +42,7 @@ def load_data(
 ) -> tuple[PairDataset, PairDataset | None, dict[str, Any]]:
     """Open, split and cache the comparisons; the encoders leave memory afterwards."""
     data, attached = config.data, _attached(config)
+    scores = config.steer is not None and config.steer.condition == "scores"
     resolution = data.resolution or family.resolution
 
     cache = LatentCache(
@@ -76,7 +77,8 @@ def load_data(
                 rewards=data.rewards,
                 attached=attached,
                 objectives=config.steer.objectives if config.steer else (),
-                in_words=config.steer is not None and config.steer.form == "prompt",
+                in_words=config.steer is not None and config.steer.form == "prompt" and not scores,
+                by_picture=scores,
                 ranks=ranks,
                 progress=progress and ranks.main,
             )
@@ -101,7 +103,7 @@ def load_data(
     }
     users = names_of(config.users, parts["train"])
     judge = config.users.new if config.users else None
-    sets = {name: PairDataset(cache, part, users=users, judge=judge) for name, part in parts.items()}
+    sets = {name: PairDataset(cache, part, users=users, judge=judge, by_picture=scores) for name, part in parts.items()}
     return sets["train"], sets.get("held_out"), summary
 
 
@@ -120,5 +122,7 @@ def _index(config: Config, cache: LatentCache) -> Path | None:
         return None
     passing = {"train", "validation", "cache", "workers"}  # what the stamps say, and what changes nothing
     how = data.model_dump(mode="json", exclude=passing) | {"attached": _attached(config)}
-    how |= {"steer": config.steer.model_dump(mode="json", include={"objectives", "form"}) if config.steer else None}
+    read = {"objectives", "form", "condition"}
+    read = {"objectives", "form", "condition"}
+    how |= {"steer": config.steer.model_dump(mode="json", include=read) if config.steer else None}
     return index_path(cache, {"stamps": stamps, "seed": config.train.seed, **how})

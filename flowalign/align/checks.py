@@ -168,6 +168,11 @@ def _steer(facts: Facts) -> Iterator[str]:
         f"reference.kind {reference!r} follows it, and it is held against a model that is told no weights": reference in MOVING,
         f"switches.annotator_types {types} trains several": types > 1,
         "train.compile compiles a denoiser that is called by itself": config.train.compile and steer.form == "tokens",
+        "steer.form 'prompt' says the same of all pictures of a comparison, and steer.condition 'scores' of each its own": (
+            steer.form == "prompt" and steer.condition == "scores"
+        ),
+        f"objective.name {facts.name!r} holds pictures against a reference, and steer.condition 'scores' tells each its own, "
+        "which sft learns from": facts.anchored and steer.condition == "scores",
     }
     for why, holds in refused.items():
         if holds:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.weights import WEIGHTS
 from flowalign.families.base import CONTEXT, Family
-from flowalign.families.steer import Shift
+from flowalign.families.steer import Shift, shift_for
 from flowalign.rng import key
 from flowalign.settings import Steer
+
+HIGH = 0.9
+"""A score that sample pictures are drawn for."""
 
 
 class Steered(nn.Module):
@@ -40,7 +43,7 @@ def steered_policy(policy: nn.Module, steer: Steer | None, width: int, seed: int
     if steer is None or steer.form == "prompt":
         return policy
     device = next(policy.parameters()).device
-    return Steered(policy, Shift(len(steer.objectives), width, steer.hidden, key(seed, "steer")).to(device))
+    return Steered(policy, shift_for(steer, width, key(seed, "steer")).to(device))
 
 
 def by_part(policy: nn.Module) -> tuple[nn.Module, Any]:
@@ -56,12 +59,22 @@ def asked(batch: Batch, told: Conditioning, of_pictures: Callable[[Conditioning]
     if batch.policy_conditioning is not None:
         told = of_pictures(batch.policy_conditioning)
     if batch.objective_weights is not None:
-        told = told.joined(WEIGHTS, of_pictures(Conditioning({WEIGHTS: batch.objective_weights})).tensors[WEIGHTS])
+        weights, pictures = batch.objective_weights, batch.mean.shape[1]
+        given = of_pictures(Conditioning({WEIGHTS: weights})).tensors[WEIGHTS]
+        if weights.dim() == 3:  # each picture's own
+            given = given[::pictures].flatten(0, 1)
+        told = told.joined(WEIGHTS, given)
     return told
 
 
 def even_and_corners(steer: Steer) -> list[dict[str, float]]:
-    """The middle of the simplex, then its corners: what sample pictures are drawn under."""
+    """The middle of the simplex, then its corners: what sample pictures are drawn under.
+
+    Of scores, high ones by all objectives, then by one and middling ones by the others.
+    """
     names = steer.objectives
+    if steer.condition == "scores":
+        high = dict.fromkeys(names, HIGH)
+        return [high, *({name: HIGH if name == each else 0.5 for name in names} for each in names)]
     corners = torch.eye(len(names)).tolist()
     return [dict.fromkeys(names, 1 / len(names)), *(dict(zip(names, row, strict=True)) for row in corners)]

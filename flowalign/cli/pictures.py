@@ -26,6 +26,7 @@ def add(command: Command) -> None:
     )
     add_sampling(generate, Path("runs/generate"))
     generate.add_argument("--weights", type=weights, metavar="NAME=W,...", help="of a steered run's objectives, in any scale")
+    generate.add_argument("--targets", type=weights, metavar="NAME=S,...", help="scores to draw for, of a run told scores")
     generate.add_argument("--user", type=user, metavar="NAME", help="of a run with users, or shares of several: ann=1,bob=1")
     generate.add_argument("--flow", metavar="RUN", help="move what is drawn along the flow of this run folder")
     generate.add_argument(
@@ -61,8 +62,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
     drawing = sampling(options)
     given = {"out": options.out, "weights": options.weights, "flow": options.flow}
-    if options.user is not None:
-        given["user"] = options.user
+    given |= {name: value for name in ("targets", "user") if (value := getattr(options, name)) is not None}
     if options.mix:
         given["mix"] = dict(options.mix)
     if options.negative is not None:

@@ -81,7 +81,8 @@ class Batch:
     annotators: tuple[int, ...] = ()
     """`records.key63` of who judged each comparison; -1 where the data do not say."""
     objective_weights: Tensor | None = None
-    """`[B, K]` float32 weights of the run's objectives, or shares of users, of sum 1; zeros where the policy is told none."""
+    """`[B, K]` float32 weights of the run's objectives, or shares of users, of sum 1; zeros where the policy is told none.
+    Or `[B, N, K]`, each picture's own scores by the objectives, see `Steer.condition`."""
     policy_conditioning: Conditioning | None = None
     """`[B, ...]`, what the policy is told where that is something else than `conditioning`, which the reference is told."""
 

@@ -36,7 +36,8 @@ class Cached:
     annotator: np.ndarray
     """int64 `[n]`: place of the comparison's annotator in `annotators`."""
     objective_weights: np.ndarray
-    """float32 `[n, K]`: weights of the run's objectives, of sum 1; NaN where a row has none. K = 0 where none are read."""
+    """float32 `[n, K]`: weights of the run's objectives, of sum 1; NaN where a row has none. K = 0 where none are read.
+    Or `[n, N·K]`, each picture's own scores by the objectives, picture by picture, see `Steer.condition`."""
     told: np.ndarray
     """int64 `[n]`: place in `prompts` of what the policy is told, where the weights are put in words; else as `prompt`."""
     num_chosen: int

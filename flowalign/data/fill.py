@@ -24,7 +24,7 @@ from flowalign.data.forecast import Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
 from flowalign.data.records import Comparison, key63
-from flowalign.data.weights import in_order, wording
+from flowalign.data.weights import in_order, scores_in_order, wording
 from flowalign.errors import DataError, NonFiniteError
 
 
@@ -109,6 +109,7 @@ def fill(
     attached: Collection[str] = (),
     objectives: Sequence[str] = (),
     in_words: bool = False,
+    by_picture: bool = False,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
@@ -118,7 +119,8 @@ def fill(
     uses; equal picture files and equal prompts are encoded once. on_bad_row: "skip" lists rows whose picture is missing,
     damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError. rewards: which scores
     count, and with what weight; None or empty takes the only one there is. attached: which of "mask" and "noise" are read and
-    cached with the latents. objectives: whose weights are read; in_words: prompts with these in them are encoded too.
+    cached with the latents. objectives: whose weights are read; in_words: prompts with these in them are encoded too;
+    by_picture: the pictures' own scores by them are read instead.
 
     Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
     names or by the row that holds them, and all get the same Cached. They must see one cache folder.
@@ -150,7 +152,7 @@ def fill(
     shape: tuple[int, int] | None = None
     inside = True
     kept = _shape(cache, family) if attached else ()
-    prepare = partial(_prepare, cache, comparisons, flips, ranks, kept, attached, objectives)
+    prepare = partial(_prepare, cache, comparisons, flips, ranks, kept, attached, objectives, by_picture)
 
     if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
         texts.add(path, "")
@@ -168,6 +170,8 @@ def fill(
                 shape = len(comparison.images), comparison.num_chosen
                 digests = np.zeros((len(indices), shape[0], 32), np.uint8)
                 worth = np.full((2, len(indices), shape[0]), np.nan, np.float32)
+                if by_picture:
+                    weights = np.full((len(indices), shape[0] * len(objectives)), np.nan, np.float32)
             if (len(comparison.images), comparison.num_chosen) != shape:
                 here = f"{comparison.source or step}: {len(comparison.images)} pictures of which {comparison.num_chosen} chosen"
                 raise DataError(f"{here}, but earlier rows have {shape[0]} and {shape[1]}; train on one kind at a time")
@@ -310,12 +314,15 @@ def _prepare(
     shape: tuple[int, ...],
     wanted: Collection[str],
     objectives: Sequence[str],
+    by_picture: bool,
     place: int,
 ) -> _Ready | DataError:
     try:
         comparison = comparisons[place]
         told = comparison.objective_weights
         weights = None if told is None or not objectives else in_order(told, objectives)
+        if by_picture:
+            weights = scores_in_order(comparison.scores, objectives)
     except DataError as error:
         return error
     digests: list[bytes] = []

@@ -52,13 +52,14 @@ class PairDataset(Dataset[Batch]):
         *,
         users: Sequence[str] = (),
         judge: str | None = None,
+        by_picture: bool = False,
         memory: int = MEMORY,
         progress: bool = False,
     ) -> None:
         """users: who a policy knows; instead of objective weights, batches then have 1 at the place of who judged and 0 at all
-        others. judge: who judged everything, whatever the rows say.
+        others. judge: who judged everything, whatever the rows say. by_picture: objective weights are each picture's own.
         """
-        self.cached, self._cache, self.users = cached, cache, tuple(users)
+        self.cached, self._cache, self.users, self._by_picture = cached, cache, tuple(users), by_picture
         known = {name: place for place, name in enumerate(users)}
         self._user = torch.tensor([known.get(judge or name, -1) for name in cached.annotators])[cached.annotator]
         unique, place = distinct(cached.pictures)
@@ -127,7 +128,10 @@ class PairDataset(Dataset[Batch]):
     def _weighed(self, index: Tensor, bare: Tensor) -> Tensor | None:
         if self.users:
             return one_hot(self._user[index].masked_fill(bare, -1) + 1, len(self.users) + 1)[:, 1:].float()
-        return self._weights[index].masked_fill(bare[:, None], 0) if self._weights.shape[1] else None
+        if not self._weights.shape[1]:
+            return None
+        weights = self._weights[index].masked_fill(bare[:, None], 0)
+        return weights.unflatten(1, (self._picture.shape[1], -1)) if self._by_picture else weights
 
     def _conditionings(self, prompts: Sequence[int]) -> Conditioning:
         if self._conditioning is not None:

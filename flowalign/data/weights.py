@@ -48,6 +48,37 @@ def shares(weights: Mapping[str, float], objectives: Sequence[str]) -> tuple[flo
     return tuple(weights.get(name, 0.0) / total for name in objectives)
 
 
+def scores_in_order(scores: Mapping[str, Sequence[float]] | None, objectives: Sequence[str]) -> tuple[float, ...]:
+    """Each picture's scores by the objectives, `[N·K]`, picture by picture.
+
+    Raises DataError where one is missing or not from 0 to 1, or all of a picture's are 0, which is how a policy is told none.
+    """
+    for name in objectives:
+        if name not in (scores or {}):
+            raise DataError(f"the pictures have no score by {name!r}; give every row calibrated scores by all objectives")
+    rows = list(zip(*((scores or {})[name] for name in objectives), strict=True))
+    for row in rows:
+        if not all(0 <= value <= 1 for value in row) or not any(row):
+            raise DataError(f"scores of a picture are {row}; they must be from 0 to 1, and not all 0: calibrate them first")
+    return tuple(value for row in rows for value in row)
+
+
+def targets(wanted: Mapping[str, float], objectives: Sequence[str]) -> tuple[float, ...]:
+    """Scores that a user asks for -> `[K]` in the order of the objectives. Raises ConfigError."""
+    for name in wanted:
+        if name not in objectives:
+            raise ConfigError(f"targets name {name!r}, which the policy does not know; {allowed(name, objectives)}.")
+    missing = [name for name in objectives if name not in wanted]
+    if missing:
+        raise ConfigError(f"targets say nothing of {missing[0]}; give a score for each of {', '.join(objectives)}.")
+    for name, value in wanted.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"the target of {name} is {value}; calibrated scores are from 0 to 1.")
+    if not any(wanted.values()):
+        raise ConfigError("all targets are 0; give one above 0, because all 0 is how the policy is told none.")
+    return tuple(wanted[name] for name in objectives)
+
+
 def wording(prompt: str, objectives: Sequence[str], weights: Sequence[float]) -> str:
     """The prompt with its weights in words before it, to one digit: `clip 0.7 style 0.3: a red heart`."""
     said = " ".join(f"{name} {value:.1f}" for name, value in zip(objectives, weights, strict=True))

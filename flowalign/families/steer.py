@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flowalign import plugins
-from flowalign.data.weights import shares, wording
+from flowalign.data.weights import shares, targets, wording
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.loading import FAILURES, LORA, LoraRun, add_lora, digest, family_of
 from flowalign.settings import Steer
@@ -36,9 +36,10 @@ class Shift(nn.Module):
     even a key of zeros a share e⁰ of its attention (docs/steer.md).
     """
 
-    def __init__(self, objectives: int, width: int, hidden: int, seed: int = 0) -> None:
-        """width: D of the prompt's tokens."""
+    def __init__(self, objectives: int, width: int, hidden: int, seed: int = 0, scale: float | None = None) -> None:
+        """width: D of the prompt's tokens. scale: weights times this, less 1, are what goes in; None is K, for the simplex."""
         super().__init__()
+        self.scale = objectives if scale is None else scale
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(
@@ -55,8 +56,14 @@ class Shift(nn.Module):
         exact = nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
         with exact:
             weights = weights.float()
-            shift = self.layers(weights * weights.shape[1] - 1) * (weights.sum(1, keepdim=True) > 0)
+            shift = self.layers(weights * self.scale - 1) * (weights.sum(1, keepdim=True) > 0)
             return (tokens.float() + shift[:, None]).to(tokens.dtype)
+
+
+def shift_for(settings: Steer, width: int, seed: int = 0) -> Shift:
+    """The network of these settings, as it is before training."""
+    scale = 2.0 if settings.condition == "scores" else None
+    return Shift(len(settings.objectives), width, settings.hidden, seed, scale)
 
 
 def write_steering(settings: Steer, shift: Shift | None) -> bytes:
@@ -169,6 +176,11 @@ class Steering(Telling):
     def fingerprint(self) -> str:
         return digest(self.settings.model_dump(mode="json"), *(() if self.shift is None else (Plain(self.shift),)))
 
+    def row(self, weights: Mapping[str, float] | None) -> tuple[float, ...]:
+        if weights is not None and self.settings.condition == "scores":
+            return targets(weights, self.names)
+        return super().row(weights)
+
     def said(self, prompt: str | list[str] | None) -> str | list[str] | None:
         if self.shift is not None or prompt is None:  # None: its encoding is given
             return prompt
@@ -229,7 +241,7 @@ def load_steering(run: str | Path) -> Steering:
         if settings.form == "prompt":
             return Steering(settings, None)
         width = state["layers.4.weight"].shape[0]
-        shift = Shift(len(settings.objectives), width, settings.hidden)
+        shift = shift_for(settings, width)
         shift.load_state_dict(state)
     except (*FAILURES, ValidationError) as error:
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}); copy the run's weights again.") from error
@@ -247,6 +259,7 @@ def steered(pipeline: Any, run: str | Path, weights: Mapping[str, float] | None 
 
     run: the run folder, or its weights/. The run's LoRA is loaded unless the denoiser has adapters already. weights: by name,
     in any scale, such as {"clip": 0.7, "style": 0.3}; an objective that is not named has weight 0; None draws without weights.
+    Of a run with steer.condition scores they are target scores, from 0 to 1, of all objectives.
     Call it again for other weights, and `unsteered` to have the pipeline as it was. Raises CheckpointError and ConfigError.
     """
     return put(pipeline, folder_of(run, STEER), load_steering(run), weights)

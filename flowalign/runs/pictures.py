@@ -14,7 +14,7 @@ from flowalign.evaluate.judges import load_judges
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.personal import personal
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
-from flowalign.families.steer import steered
+from flowalign.families.steer import load_steering, steered
 from flowalign.files import write_text
 from flowalign.runs.folders import judges_of, report
 from flowalign.runs.mixing import open_mixed
@@ -34,6 +34,7 @@ def generate(
     precision: str = "fp32",
     device: str = "auto",
     weights: Mapping[str, float] | None = None,
+    targets: Mapping[str, float] | None = None,
     user: Mapping[str, float] | None = None,
     flow: str | None = None,
     mix: Mapping[str, float] | None = None,
@@ -44,30 +45,26 @@ def generate(
     """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
 
     weights: of the objectives that the run was steered with, by name and in any scale; None draws without, as diffusers does
-    that loads the run's weights. user: for whom to draw, by name and share, of a run with users. flow: the run folder of a
-    flow to move them along; what was drawn is then in `out/before`.
-    mix: instead of a checkpoint, runs and their shares in the mean of predictions. negative: a run to move away from, such as
-    one of reversed preferences, in place of the negative prompt's prediction; with a strength of 0 it is not asked.
+    that loads the run's weights. targets: scores to draw for, of all objectives of a run that was told scores. user: for whom
+    to draw, by name and share, of a run with users. flow: the run folder of a flow to move them along; what was drawn is then
+    in `out/before`. mix: instead of a checkpoint, runs and their shares in the mean of predictions. negative: a run to move
+    away from, such as one of reversed preferences, in place of the negative prompt's prediction; with a strength of 0 it is not
+    asked.
     """
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
     opening = {"dtype": PRECISIONS[precision], "device": choose_device(device)}
     if (checkpoint is None) != bool(mix):
         raise ConfigError("pictures are drawn by one checkpoint or by a mix of several; give one of the two.")
     if mix or (negative is not None and negative_strength):
-        if weights is not None or user is not None:
-            said = "a user is known to" if weights is None else "weights steer"
-            raise ConfigError(f"{said} one run alone; leave the mix and the negative run out, or the weights and the user.")
+        if weights is not None or targets is not None or user is not None:
+            said = "weights steer" if weights is not None else "targets steer" if targets is not None else "a user is known to"
+            raise ConfigError(f"{said} one run alone; leave the mix and the negative run out, or what it is told.")
         shares = mix or {str(checkpoint): 1.0}
         left = negative if negative_strength else None
         pipeline, name = open_mixed(shares, left, negative_strength, guidance=guidance, **opening)
     else:
         pipeline, name = open_checkpoint(str(checkpoint), **opening), None
-        if weights is not None and user is not None:
-            raise ConfigError("weights and user are both given, and a run knows one of them; give what it was trained with.")
-        if weights is not None:
-            steered(pipeline, str(checkpoint), weights)
-        if user is not None:
-            personal(pipeline, str(checkpoint), user)
+        _tell(pipeline, str(checkpoint), weights, targets, user)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn = out if flow is None else out / "before"
     texts, starts = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
@@ -77,6 +74,27 @@ def generate(
 
         return apply_flow(flow, drawn, out=out, device=device, progress=progress)
     return {"out": str(out), "pictures": len(paths), "summary": f"{len(paths)} pictures in {out}"}
+
+
+def _tell(
+    pipeline: Any,
+    run: str,
+    weights: Mapping[str, float] | None,
+    targets: Mapping[str, float] | None,
+    user: Mapping[str, float] | None,
+) -> None:
+    """Have a run's pipeline draw under what is given. Raises ConfigError where that is not what the run was told."""
+    given = [name for name, each in (("weights", weights), ("targets", targets), ("user", user)) if each is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are both given, and a run knows one of them; give what it was trained with.")
+    if user is not None:
+        personal(pipeline, run, user)
+    elif given:
+        condition = load_steering(run).settings.condition
+        if (condition == "scores") != (targets is not None):
+            right = "targets" if condition == "scores" else "weights"
+            raise ConfigError(f"{given[0]} are given, and {run} was told {condition}; give {right} instead.")
+        steered(pipeline, run, weights if targets is None else targets)
 
 
 def evaluate(

@@ -337,6 +337,18 @@ ROWS: dict[str, list[Row]] = {
             why=f"{UNREAD}; only the chosen pictures are learned",
         )
     ],
+    "sft": [
+        Row(
+            lambda c, _: sum(c.e) / len(c.e),
+            {},
+            takes="groups",
+            needs=frozenset(),
+            label="unread",
+            signs=(1, 1),
+            opposite=(1, 1),
+            why=f"{UNREAD}; all pictures are learned",
+        )
+    ],
     "dro": [
         Row(
             lambda c, _: slack(c.gap(c.e) - c.gap(c.r) + 0.3),
