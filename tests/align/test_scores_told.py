@@ -124,7 +124,8 @@ def test_sample_pictures_are_drawn_for_high_scores_by_all_and_by_each() -> None:
     [
         (None, "no score by 'red'"),
         ({"red": (1.0, 0.5)}, "no score by 'bright'"),
-        ({"red": (1.5, 0.5), "bright": (0, 1)}, "0 to 1"),
+        ({"red": (1.5, 0.5), "bright": (0, 1)}, "from 0 to 1"),
+        ({"red": (0.5, 0), "bright": (0.5, 0)}, "not all 0"),
     ],
 )
 def test_scores_that_say_nothing_are_refused(scores: Any, said: str) -> None:
