@@ -126,8 +126,8 @@ class Prepared:
     def at_start(self) -> PreferenceStep | MixtureStep:
         """The same held against the model that the policy starts as, which is not what several references say.
 
-        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0. Where
-        a user is taken in, that is what the policy draws for nobody.
+        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0.
+        Where a user is taken in, that is what the policy draws for nobody.
         """
         if self.config.trainable.start is not None:
             return replace(self, step=replace(self.step, reference=self.policy, bank=None)).full_step

@@ -42,6 +42,7 @@ LAYERS = (
     ("plan",),
     ("runs",),
     ("demo",),
+    ("demo_flow",),
     ("cli",),
     ("__main__",),
 )

@@ -18,6 +18,9 @@ from flowalign.cli.arguments import (
 )
 from flowalign.errors import ConfigError
 
+DEMOS = {"align": "runs/demo", "flow": "runs/demo-flow"}
+"""What can be shown, and where it is written."""
+
 
 def add(command: Command) -> None:
     generate = command("generate", _generate, "Draw pictures from a checkpoint or an aligned run.")
@@ -53,8 +56,16 @@ def add(command: Command) -> None:
     report = command("report", _report, "Write the report page of a run again.")
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
 
-    demo = command("demo", _demo, "Align the bundled tiny model on the bundled pictures and show what changed.")
-    demo.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help="the run folder (%(default)s)")
+    demo = command("demo", _demo, "Show on the bundled pictures what alignment, or a flow behind a generator, changes.")
+    demo.add_argument(
+        "what",
+        nargs="?",
+        choices=tuple(DEMOS),
+        default="align",
+        help="align the bundled tiny model (%(default)s), or put a flow behind it and hold that against best-of-n",
+    )
+    shown = ", ".join(f"{folder} for {name}" for name, folder in DEMOS.items())
+    demo.add_argument("--out", type=Path, metavar="DIR", help=f"the folder to write to ({shown})")
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,6 +98,11 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    out = options.out or Path(DEMOS[options.what])
+    if options.what == "flow":
+        from flowalign.demo_flow import demo_flow
+
+        return demo_flow(out)
     from flowalign.demo import demo
 
-    return demo(options.out)
+    return demo(out)

@@ -57,10 +57,11 @@ def line_chart(
     span: tuple[float, float] | None = None,
     at: float | None = None,
     across: str = "optimizer step",
+    point: str = "step",
 ) -> str:
     """A figure with a legend. `span` fixes the vertical axis; `at` draws a horizontal line that means "no difference".
 
-    across: what the steps count.
+    across: what the horizontal axis says; point: what its value is called where a dot is pointed at.
     """
     lines = [replace(line, points=thin(line.points)) for line in lines if line.points]
     xs = [x for line in lines for x, _ in line.points]
@@ -100,7 +101,7 @@ def line_chart(
         if line.dots or len(line.points) == 1:
             parts += [
                 f'<circle class="dot {line.look}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"><title>{escape(line.name)}, '
-                f"{escape(across.split()[-1])} {number(x)}: {y:.4g}</title></circle>"
+                f"{escape(point)} {number(round(x, 6))}: {y:.4g}</title></circle>"
                 for x, y in line.points
             ]
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(across)}</text>')

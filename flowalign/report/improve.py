@@ -113,7 +113,7 @@ def _line(name: str, note: str, found: Sequence[Tree], look: str, *, span: tuple
     points = [(float(place), each["value"]) for place, each in enumerate(found)]
     whiskers = [(float(place), each["low"], each["high"]) for place, each in enumerate(found) if place]
     line = Line(shortened(name, 40), look, points, dots=True, whiskers=whiskers)
-    return line_chart(shortened(name, 60), note, [line], span=span, at=at, across=ACROSS)
+    return line_chart(shortened(name, 60), note, [line], span=span, at=at, across=ACROSS, point="round")
 
 
 def _pictures(run: Path, about: Tree) -> str:

@@ -110,10 +110,10 @@ def _show(flow: Flow, parts: FlowParts, run: RunDir, config: FlowConfig) -> None
     prompts = [each.prompt for each in comparisons]
     after = flow.apply(pictures, None if flow.contexts.kind == "none" else prompts).pictures
     for step, shown in ((0, pictures), (config.train.steps, after)):
-        _write_pictures(run.samples / f"step-{step:08d}", shown, prompts, range(len(shown)), [{}] * len(shown), "flow")
+        write_pictures(run.samples / f"step-{step:08d}", shown, prompts, range(len(shown)), [{}] * len(shown), "flow")
 
 
-def _write_pictures(
+def write_pictures(
     folder: Path,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
@@ -233,7 +233,7 @@ def evaluate_flow(
         raise DataError(f"nothing says what {path} shows, which judges ask; add a {TABLE} with prompts, or give --prompt.")
     seeds = [int(picture.row.get("seed", number)) for number, picture in enumerate(listed)]
     rows = [picture.row for picture in listed]
-    _write_pictures(folders["base"], [each.read() for each in listed], [str(each) for each in prompts], seeds, rows, "given")
+    write_pictures(folders["base"], [each.read() for each in listed], [str(each) for each in prompts], seeds, rows, "given")
     started = time.perf_counter()
     applied = apply_folder(flow, folders["base"], folders["aligned"], solve=settings, progress=progress)
     seconds = time.perf_counter() - started
@@ -266,11 +266,15 @@ def evaluate_flow(
 
 
 def _identity(sides: Sequence[Sequence[Any]], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    tower, features = ImageTower(device), []
-    for pictures in sides:
-        rows = []
-        for start in range(0, len(pictures), 32):
-            images = [Image.open(picture.path).convert("RGB") for picture in pictures[start : start + 32]]
-            rows.append(tower(to_pixels(images, TOWER_SIDE)).cpu())
-        features.append(torch.cat(rows).numpy())
-    return nearest_is_own(features[0], features[1])
+    before, after = (embedded([picture.path for picture in pictures], device) for pictures in sides)
+    return nearest_is_own(before, after)
+
+
+def embedded(pictures: Sequence[Path | Image.Image], device: torch.device) -> np.ndarray:
+    """What the image tower sees of pictures, `[n, 4192]`: for identity and variety."""
+    tower, rows = ImageTower(device), []
+    for start in range(0, len(pictures), 32):
+        part = pictures[start : start + 32]
+        images = [each if isinstance(each, Image.Image) else Image.open(each).convert("RGB") for each in part]
+        rows.append(tower(to_pixels(images, TOWER_SIDE)).cpu())
+    return torch.cat(rows).numpy()
