@@ -44,8 +44,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     stand_in = Runs()
     for verb in VERBS:
         monkeypatch.setattr(flowalign.runs, verb, stand_in.verb(getattr(flowalign.runs, verb)))
-    demo = importlib.import_module("flowalign.demo")
-    monkeypatch.setattr(demo, "demo", stand_in.verb(demo.demo))
+    for name in ("demo", "demo_flow"):
+        module = importlib.import_module(f"flowalign.{name}")
+        monkeypatch.setattr(module, name, stand_in.verb(getattr(module, name)))
     return stand_in
 
 
@@ -212,6 +213,8 @@ def test_evaluate_passes_both_models(runs: Runs) -> None:
         ("cache clear --fingerprint ab --folder f", ("cache_clear", (Path("f"), "ab"), {})),
         ("demo", ("demo", (Path("runs/demo"),), {})),
         ("demo --out d", ("demo", (Path("d"),), {})),
+        ("demo flow", ("demo_flow", (Path("runs/demo-flow"),), {})),
+        ("demo flow --out d", ("demo_flow", (Path("d"),), {})),
     ],
 )
 def test_the_other_commands(runs: Runs, argv: str, call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> None:
