@@ -24,7 +24,7 @@ from flowalign.serve.child import serving
 CONFIG = Path("configs/emoji-flow.yaml")
 FIT_STEPS, BATCH = 120, 16
 """Of the configuration's 500: what fits into the demo's minutes."""
-CAPTIONS, SEEDS = 24, 8
+CAPTIONS, SEEDS = 20, 8
 METRICS = "metrics.json"
 
 

@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     made.add_argument("--work", type=Path, default=Path("runs/pfm-mnist"), help="where finished parts are kept")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--full", action="store_true", help="the published schedule: about a day of one core")
+    made.add_argument("--full", action="store_true", help="the published schedule: more than a day of one core")
     made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     made.add_argument("--width", type=int, help="channels of the field's first level")
     made.add_argument("--steps", type=int, help="steps of the field")
