@@ -16,7 +16,7 @@ from flowalign import cli
 from flowalign.errors import DataError, RunError
 from flowalign.settings import Config
 
-VERBS = ("align", "merge", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
+VERBS = ("adapt", "align", "merge", "plan", "generate", "evaluate", "report", "cache_list", "cache_clear")
 RESULT = {"summary": "all is well", "value": 0.5, "name": "é"}
 
 
@@ -341,3 +341,22 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert "--guidance" in done.stdout
+
+
+def test_a_user_is_a_name_or_shares_of_several(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, told in (("ann", {"ann": 1.0}), ("ann=0.5,bob=0.5", {"ann": 0.5, "bob": 0.5})):
+        assert cli.main(["generate", "m", "--prompts", "a", "--user", text]) == 0
+        assert runs.calls.pop()[2]["user"] == told
+    assert cli.main(["generate", "m", "--prompts", "a", "--targets", "clip=0.9,style=0.8"]) == 0
+    settings = only(runs)[2]
+    assert settings["targets"] == {"clip": 0.9, "style": 0.8}
+    assert "user" not in settings
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "m", "--prompts", "a", "--user", "ann=much"])
+    assert "is not" in capsys.readouterr().err
+
+
+def test_adapt_passes_who_is_taken_in(runs: Runs) -> None:
+    assert cli.main(["adapt", "runs/a", "four.jsonl", "--user", "eve", "--out", "b", "--set", "train.seed=3"]) == 0
+    how = {"steps": 60, "learning_rate": 0.05, "overrides": ["train.seed=3"]}
+    assert only(runs) == ("adapt", (Path("runs/a"), "four.jsonl", "eve", Path("b")), how)

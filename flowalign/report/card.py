@@ -162,12 +162,19 @@ def _usage(config: Config, weights: Path) -> str:
             "pipe.load_lora_weights(folder)",
         ]
     elif config.trainable.kind == "none":
-        return ""
+        lines = [
+            f"pipe = StableDiffusionPipeline.{opened}({json.dumps(model.checkpoint)}{options})",
+            f"folder = {folder}",
+            'flowalign.personal(pipe, folder, "the name of a user")',
+        ]
     else:
         lines = [f"folder = {folder}", "pipe = StableDiffusionPipeline.from_pretrained(folder)"]
     sample = config.sample
     call = f'image = pipe("a prompt", num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}).images[0]'
-    return "\n".join(["## Use", "", "```python", "from diffusers import StableDiffusionPipeline", "", *lines, call, "```"])
+    imports = ["import flowalign"] if config.trainable.kind == "none" else []
+    return "\n".join(
+        ["## Use", "", "```python", *imports, "from diffusers import StableDiffusionPipeline", "", *lines, call, "```"]
+    )
 
 
 def _training(config: Config, environment: Mapping[str, Any]) -> str:

@@ -256,6 +256,30 @@ def test_a_lora_beside_the_users_is_kept_when_one_is_taken_in(
     assert np.array_equal(*map(np.asarray, pictures))
 
 
+def test_a_resumed_run_ends_as_if_it_never_had_stopped(settings: Callable[..., Config], data: Any, tmp_path: Path) -> None:
+    for folder, parts in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in parts:
+            config = settings(tmp_path / folder, *USED, *data, f"train.steps={steps}", "users.tokens=1")
+            assert runs.align(config, resume=True, progress=False)["finished"]
+    files = [(tmp_path / folder / "weights" / USERS).read_bytes() for folder in ("whole", "parts")]
+    assert files[0] == files[1]
+
+
+def test_a_plan_counts_what_is_read_of_users(settings: Callable[..., Config], data: Any, tmp_path: Path) -> None:
+    named = "users={tokens: 2, names: [ann, bob]}"
+    found = runs.plan(settings(tmp_path / "run", named, "trainable.kind=none", *data))
+    width, inner = 32, (32, 32, 32, 64)  # channels of the four attentions that read a prompt
+    assert found["parameters"]["trained"] == 2 * 2 * width + sum(2 * width * each for each in inner)
+
+
+def test_a_card_and_a_report_are_written_without_any_adapter(run: Path) -> None:
+    card = (run / "weights" / "README.md").read_text()
+    assert "Embeddings of users for" in card
+    assert "flowalign.personal(pipe, folder," in card
+    assert "load_lora_weights" not in card
+    assert (run / "report.html").is_file()
+
+
 def test_what_does_not_go_together_is_one_sentence(prepared: Make, data: Any) -> None:
     ready = prepared(*USED, *data)
     cached = [each.cached for each in (ready.train, ready.held_out) if each is not None]
