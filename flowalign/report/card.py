@@ -172,8 +172,9 @@ def _usage(config: Config, weights: Path) -> str:
     sample = config.sample
     call = f'image = pipe("a prompt", num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}).images[0]'
     imports = ["import flowalign"] if config.trainable.kind == "none" else []
+    imports += ["from diffusers import StableDiffusionPipeline"]
     return "\n".join(
-        ["## Use", "", "```python", *imports, "from diffusers import StableDiffusionPipeline", "", *lines, call, "```"]
+        ["## Use", "", "```python", *imports, "", *lines, call, "```"]
     )
 
 
