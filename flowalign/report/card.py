@@ -173,9 +173,7 @@ def _usage(config: Config, weights: Path) -> str:
     call = f'image = pipe("a prompt", num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}).images[0]'
     imports = ["import flowalign"] if config.trainable.kind == "none" else []
     imports += ["from diffusers import StableDiffusionPipeline"]
-    return "\n".join(
-        ["## Use", "", "```python", *imports, "", *lines, call, "```"]
-    )
+    return "\n".join(["## Use", "", "```python", *imports, "", *lines, call, "```"])
 
 
 def _training(config: Config, environment: Mapping[str, Any]) -> str:
