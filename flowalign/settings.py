@@ -182,12 +182,6 @@ def _different(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _once(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) < len(names):
-        raise ValueError("it names each once")
-    return names
-
-
 class Steer(Section):
     """One policy for many trade-offs between objectives, which a user weighs when drawing, see docs/steer.md."""
 
@@ -206,7 +200,7 @@ class Steer(Section):
 class Users(Section):
     """One policy for many people, each with an embedding that the denoiser reads, see docs/personal.md."""
 
-    names: Annotated[tuple[str, ...], AfterValidator(_once)] = ()
+    names: tuple[str, ...] = ()
     """who, as the column annotator of the comparisons has them; empty takes all of data.train"""
     tokens: Positive = 4
     """of a user's embedding, each as wide as the prompt's"""

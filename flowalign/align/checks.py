@@ -204,6 +204,8 @@ def _users(facts: Facts) -> Iterator[str]:
     for why, holds in refused.items():
         if holds:
             yield f"users makes one policy of many people, but {why}; change it, or set users=null."
+    if twice := sorted(name for name in set(users.names) if users.names.count(name) > 1):
+        yield f"users.names names {twice[0]!r} more than once; name each user once."
     train = facts.comparisons[0]
     bare = int((np.array(train.annotators)[train.annotator] == "").sum())
     if bare and users.new is None:

@@ -298,6 +298,7 @@ def test_what_does_not_go_together_is_one_sentence(prepared: Make, data: Any) ->
     assert "go together" in refused(users={"new": "eve"})
     assert "follows it" in refused(reference={"kind": "ema"}, trainable={"kind": "lora"})
     assert "leaves out 'bob'" in refused(users={"names": ("ann",)})
+    assert "names 'bob' more than once" in refused(users={"names": ("bob", "ann", "bob")})
     assert "compiles" in refused(train={"compile": True})
 
 
