@@ -199,7 +199,7 @@ def test_killed_at_many_instants_it_ends_as_if_it_never_was(whole: Path, loop: M
     (tmp_path / "improve.yaml").write_text(config.dump(loop(run)))
     command = [sys.executable, "-m", "flowalign", "improve", str(tmp_path / "improve.yaml"), "--resume", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    for patience in range(4, 120, 3):
+    for patience in range(9, 150, 7):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         started = time.monotonic()
         while process.poll() is None and time.monotonic() - started < patience:
@@ -336,25 +336,24 @@ def moved(run: Path, emoji: Path, weight: float) -> dict[str, Any]:
         "model": {"checkpoint": str(emoji / "tiny-sd")},
         "prompts": str(emoji / "preferences" / "fluent_over_noto-train.jsonl"),
         "held_out": str(emoji / "preferences" / "fluent_over_noto-held_out.jsonl"),
-        "rounds": 2,
-        "rewards": [str(emoji / "rewards.yaml")],
-        "calibrate": {"weights": {"style": weight}},
-        "draw": {"prompts": 24, "images": 4, "steps": 12, "guidance": 3.0, "batch_size": 24, "precision": "bf16"},
+        "rounds": 1,
+        "rewards": ["colourfulness"],
+        "calibrate": {"weights": {"colourfulness": weight}},
+        "draw": {"prompts": 24, "images": 4, "steps": 8, "guidance": 3.0, "batch_size": 24, "precision": "bf16"},
         "objective": {"beta": 400.0},
         "trainable": {"rank": 32},
-        "train": {"steps": 20, "batch_size": 16, "learning_rate": 5e-4, "warmup_steps": 3, "device": "cpu"},
-        "evaluate": {"judges": str(emoji / "judges"), "prompts": 20},
+        "train": {"steps": 18, "batch_size": 16, "learning_rate": 6e-4, "warmup_steps": 3, "device": "cpu"},
+        "evaluate": {"prompts": 16},
         "hacking": {"policy": "off"},
         "output": str(run),
     }
     found = runs.improve(config.parse_tree(ImproveConfig, tree), progress=False)
-    return found["rounds"][-1]["measures"]
+    return found["rounds"][-1]["measures"]["colourfulness"]
 
 
 @pytest.mark.slow
 def test_it_moves_what_it_is_asked_to_move(emoji: Path, tmp_path: Path) -> None:
-    """Towards the style on held-out prompts, by the reward and by a judge; with the selection turned around, away from it."""
+    """On held-out prompts; with the selection turned around, the other way."""
     towards, away = (moved(tmp_path / str(weight), emoji, weight) for weight in (1.0, -1.0))
-    for name in ("style", "judge style"):
-        assert towards[name]["calibrated"]["low"] > 0.5, name
-        assert away[name]["calibrated"]["high"] < 0.5, name
+    for measure in ("calibrated", "win_rate"):
+        assert towards[measure]["low"] > 0.5 > away[measure]["high"], measure

@@ -38,11 +38,16 @@ def verdict(about: Tree) -> str:
     sides: dict[bool, list[str]] = {True: [], False: []}
     for name, each in shown["measures"].items():
         sides[each["trained"]].append(f"{name} {_rate(each['calibrated'])}")
-    rose = [name for name, each in shown["measures"].items() if each["trained"] and each["calibrated"]["low"] > 0.5]
+    rose = [
+        name
+        for name, each in shown["measures"].items()
+        if each["trained"]
+        and (each["calibrated"]["low"] > 0.5 if about["weights"][name] > 0 else each["calibrated"]["high"] < 0.5)
+    ]
     count = sum(each["trained"] for each in shown["measures"].values())
     moved = "None of the rewards" if not rose else "All rewards" if len(rose) == count else f"{_listed(rose)}"
     kept = f"Round {shown['round']} is kept." if about["best"] is not None else "No round is kept."
-    says = f"{moved} rose beyond chance on held-out prompts. {kept} Its win rates over the base: {_listed(sides[True])}"
+    says = f"{moved} moved as asked, beyond chance, on held-out prompts. {kept} Win rates over the base: {_listed(sides[True])}"
     says += f"; by judges that nothing was trained on, {_listed(sides[False])}." if sides[False] else "."
     return says + (f" The loop was stopped. {about['stopped']}" if about["stopped"] else "")
 

@@ -84,10 +84,12 @@ def test_the_page_shows_rounds_side_by_side(run: Path) -> None:
 def test_the_verdict_is_about_the_round_that_is_kept(run: Path) -> None:
     about = json.loads((run / "improve.json").read_text())
     says = verdict(about)
-    assert says.startswith("All rewards rose beyond chance on held-out prompts. Round 1 is kept.")
+    assert says.startswith("All rewards moved as asked, beyond chance, on held-out prompts. Round 1 is kept.")
     assert "style 70 % [60, 80]" in says
     assert "judges that nothing was trained on, judge <b> 60 % [50, 70]" in says
     assert says.endswith("The loop was stopped. Round 2: it falls.")
     about["rounds"][0]["measures"]["style"]["calibrated"] = estimate(0.55)
-    assert verdict(about).startswith("None of the rewards rose beyond chance")
+    assert verdict(about).startswith("None of the rewards moved as asked")
+    about["rounds"][0]["measures"]["style"]["calibrated"] = estimate(0.3)
+    assert verdict(about | {"weights": {"style": -1.0}}).startswith("All rewards moved as asked")
     assert verdict(about | {"rounds": [], "stopped": "Nothing."}) == "No round was finished. Nothing."
