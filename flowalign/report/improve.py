@@ -38,18 +38,18 @@ def verdict(about: Tree) -> str:
     sides: dict[bool, list[str]] = {True: [], False: []}
     for name, each in shown["measures"].items():
         sides[each["trained"]].append(f"{name} {_rate(each['calibrated'])}")
-    rose = [
-        name
-        for name, each in shown["measures"].items()
-        if each["trained"]
-        and (each["calibrated"]["low"] > 0.5 if about["weights"][name] > 0 else each["calibrated"]["high"] < 0.5)
-    ]
-    count = sum(each["trained"] for each in shown["measures"].values())
-    moved = "None of the rewards" if not rose else "All rewards" if len(rose) == count else f"{_listed(rose)}"
+    asked = {name: weight for name, weight in about["weights"].items() if weight}
+    rose = [name for name, weight in asked.items() if _moved(shown["measures"][name]["calibrated"], weight)]
+    moved = "None of the rewards" if not rose else "All rewards" if len(rose) == len(asked) else f"{_listed(rose)}"
     kept = f"Round {shown['round']} is kept." if about["best"] is not None else "No round is kept."
     says = f"{moved} moved as asked, beyond chance, on held-out prompts. {kept} Win rates over the base: {_listed(sides[True])}"
     says += f"; by judges that nothing was trained on, {_listed(sides[False])}." if sides[False] else "."
     return says + (f" The loop was stopped. {about['stopped']}" if about["stopped"] else "")
+
+
+def _moved(found: Tree, weight: float) -> bool:
+    """Whether a win rate is beyond ½ with its interval, on the side that its weight asks for."""
+    return bool(found["low"] > 0.5 if weight > 0 else found["high"] < 0.5)
 
 
 def _rate(found: Tree) -> str:

@@ -72,7 +72,7 @@ def _features(loop: Loop, pictures: Sequence[Generated]) -> np.ndarray:
 
 
 def trained_on(config: ImproveConfig) -> Mapping[str, float]:
-    """The rewards that are trained on, with their weights.
+    """The rewards that are listed, with their weights; one of weight 0 is no judge either.
 
     Raises ConfigError where something that judges is one of them, or looks through the same model, for weights of other
     rewards, and where `best` is not measured.
@@ -98,7 +98,8 @@ def trained_on(config: ImproveConfig) -> Mapping[str, float]:
         known += [f"judge {name}" for name in card["judges"]]
     if config.best not in known:
         raise ConfigError(f"best is {config.best!r}, which is not measured; allowed: {', '.join(known)}.")
-    return dict(config.calibrate.weights) or dict.fromkeys(names, 1.0)
+    wanted = config.calibrate.weights
+    return {name: wanted.get(name, 0.0) if wanted else 1.0 for name in names}
 
 
 def _same(reward: Reward, judge: Reward) -> bool:
