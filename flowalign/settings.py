@@ -176,16 +176,16 @@ class Trainable(Section):
     """less memory for more time"""
 
 
-def _different(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError("it names two objectives or more, each once")
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("it names each once")
     return names
 
 
 class Steer(Section):
     """One policy for many trade-offs between objectives, which a user weighs when drawing, see docs/steer.md."""
 
-    objectives: Annotated[tuple[str, ...], AfterValidator(_different)]
+    objectives: Annotated[tuple[str, ...], Field(min_length=2), AfterValidator(_once)]
     """names of the objectives, as the column objective_weights of the comparisons has them"""
     form: Literal["tokens", "prompt"] = "tokens"
     """how the policy is told their weights: by what a small network adds to the prompt's tokens, or in words before it"""
@@ -193,6 +193,8 @@ class Steer(Section):
     """weights: under which a comparison holds; or each picture's own scores, 0 to 1, of which targets are given when drawing"""
     hidden: Positive = 64
     """tokens: width of the network"""
+    gain: Rate = 10.0
+    """tokens: what the network says is multiplied with this, so that it is heard as soon as the denoiser's weights learn"""
     dropout: Fraction = 0.1
     """probability that a comparison trains without its weights; with the empty prompt it always does"""
 

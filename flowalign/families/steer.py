@@ -36,10 +36,15 @@ class Shift(nn.Module):
     even a key of zeros a share e⁰ of its attention (docs/steer.md).
     """
 
-    def __init__(self, objectives: int, width: int, hidden: int, seed: int = 0, scale: float | None = None) -> None:
-        """width: D of the prompt's tokens. scale: weights times this, less 1, are what goes in; None is K, for the simplex."""
+    def __init__(
+        self, objectives: int, width: int, hidden: int, seed: int = 0, scale: float | None = None, gain: float = 1.0
+    ) -> None:
+        """width: D of the prompt's tokens. scale: weights times this, less 1, are what goes in; None is K, for the simplex.
+        gain: what comes out is multiplied with this.
+        """
         super().__init__()
         self.scale = objectives if scale is None else scale
+        self.gain = gain
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(
@@ -56,14 +61,15 @@ class Shift(nn.Module):
         exact = nullcontext() if tokens.is_meta else torch.autocast(tokens.device.type, enabled=False)
         with exact:
             weights = weights.float()
-            shift = self.layers(weights * self.scale - 1) * (weights.sum(1, keepdim=True) > 0)
+            told = (weights.sum(1, keepdim=True) > 0) * self.gain
+            shift = self.layers(weights * self.scale - 1) * told
             return (tokens.float() + shift[:, None]).to(tokens.dtype)
 
 
 def shift_for(settings: Steer, width: int, seed: int = 0) -> Shift:
     """The network of these settings, as it is before training."""
     scale = 2.0 if settings.condition == "scores" else None
-    return Shift(len(settings.objectives), width, settings.hidden, seed, scale)
+    return Shift(len(settings.objectives), width, settings.hidden, seed, scale, settings.gain)
 
 
 def write_steering(settings: Steer, shift: Shift | None) -> bytes:

@@ -19,14 +19,14 @@ from flowalign.families.steer import STEER, Shift, Steering, load_steering, stee
 from flowalign.settings import Steer
 from tests.families.test_every_family import PROMPTS, SIDE, SMALL, latents, load, plainly, told
 
-STEERED = Steer(objectives=("clip", "style"), hidden=8)
+STEERED = Steer(objectives=("clip", "style"), hidden=8, gain=1.0)
 IN_WORDS = Steer(objectives=("clip", "style"), form="prompt")
 WISH = {"clip": 3.0, "style": 1.0}
 
 
 def a_shift(width: int, scale: float = 1.0) -> Shift:
     """One that says something."""
-    shift = Shift(2, width, 8)
+    shift = Shift(2, width, 8, gain=1.0)
     with torch.no_grad():
         shift.layers[-1].weight.normal_(std=scale, generator=torch.Generator().manual_seed(2))
     return shift.requires_grad_(False)
@@ -51,7 +51,7 @@ def test_before_training_a_steered_denoiser_is_the_base_and_without_weights_it_s
     steered = conditioning.joined(WEIGHTS, weights)
     with torch.no_grad():
         base = family.predict(family.denoiser, x_t, t, conditioning)
-        fresh = Steered(family.denoiser, Shift(2, width, 8))(family, x_t, t, steered)
+        fresh = Steered(family.denoiser, Shift(2, width, 8, gain=10.0))(family, x_t, t, steered)
         moved = Steered(family.denoiser, a_shift(width))(family, x_t, t, steered)
     assert torch.equal(fresh, base)
     assert torch.equal(moved[2], base[2])
@@ -63,10 +63,12 @@ def test_what_is_added_is_the_network_written_out() -> None:
     first, _, second, _, last = shift.layers
     silu = lambda x: x * torch.sigmoid(x)  # noqa: E731
     hidden = silu(second.weight @ silu(first.weight @ torch.tensor([-0.5, 0.5]) + first.bias) + second.bias)
-    torch.testing.assert_close(shift(tokens, weights), tokens + last.weight @ hidden + last.bias)
+    shift.gain = 3.0
+    torch.testing.assert_close(shift(tokens, weights), tokens + 3 * (last.weight @ hidden + last.bias))
     assert shift(tokens.bfloat16(), weights).dtype == torch.bfloat16
-    assert torch.equal(Shift(2, 6, 8).layers[0].weight, Shift(2, 6, 8).layers[0].weight)
-    assert not torch.equal(Shift(2, 6, 8, seed=1).layers[0].weight, Shift(2, 6, 8).layers[0].weight)
+    made = [Shift(2, 6, 8, seed).layers[0].weight for seed in (0, 0, 1)]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
 
 
 def texts(pipeline: Any, family: Family, **call: Any) -> list[list[torch.Tensor]]:
