@@ -234,7 +234,7 @@ def _interval(found: Any, sign: str = "") -> str:
 
 def main() -> None:
     options = parser().parse_args()
-    size = dict(prompts=96, draws=8, steps=150, captions=40, points=11)
+    size = dict(prompts=96, draws=8, steps=100, captions=32, points=11)
     if options.quick:
         size = dict(prompts=4, draws=4, steps=2, captions=3, points=3)
     found = measure(Bench(options.work, options.pool, size), options.seeds)

@@ -72,7 +72,7 @@ def test_each_picture_is_told_its_own_scores(prepared: Make, data: Any) -> None:
 
 
 def test_scores_go_in_around_zero_and_weights_as_before() -> None:
-    weights = Shift(2, 6, 8)
+    weights = Shift(2, 6, 8, gain=10.0)
     scores = shift_for(load_settings("scores"), 6)
     for shift in (weights, scores):
         shift.layers[-1].weight.data.normal_(generator=torch.Generator().manual_seed(0))
