@@ -40,7 +40,7 @@ EARLY = 64
 MOST = 8
 """Batches of known rows that wait for a batch to fill up."""
 HANDFUL = 8
-"""Rows that a thread reads and prepares at a time."""
+"""Rows that a thread reads and prepares at a time, at most a batch."""
 
 
 class _Recent:
@@ -99,13 +99,14 @@ class Scorer:
 
     def _prepared(self, items: Items, places: Sequence[int]) -> Iterator[Scored]:
         """Rows read and prepared by threads, a few batches ahead."""
-        handfuls = (places[start : start + HANDFUL] for start in range(0, len(places), HANDFUL))
+        size = min(HANDFUL, self.batch_size)
+        handfuls = (places[start : start + size] for start in range(0, len(places), size))
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
 
             def submitted(count: int) -> Iterator[Future[list[Scored]]]:
                 return (pool.submit(self._prepare_all, items, some) for some in islice(handfuls, count))
 
-            ahead = deque(submitted(-(-AHEAD * self.batch_size // HANDFUL)))
+            ahead = deque(submitted(AHEAD * self.batch_size // size))
             try:
                 while ahead:
                     rows = ahead.popleft().result()
