@@ -168,6 +168,7 @@ def test_on_the_command_line_and_what_it_refuses(tmp_path: Path) -> None:
         fit_general(np.eye(2), np.array([0]), np.array([1]), np.array([1.0]), source="x", blocks=0)
 
 
+@pytest.mark.slow
 def test_what_a_tower_sees_in_the_pictures(emoji: Path, tmp_path: Path) -> None:
     """On frozen features of the bundled tower it learns a drawing style from votes, and a file of it wants that tower again."""
     rewards, pairs = str(emoji / "rewards.yaml"), tmp_path / "pairs.jsonl"
