@@ -30,15 +30,7 @@ def demo(out: Path = Path("runs/demo")) -> dict[str, Any]:
     the project, and where `out` holds something else.
     """
     started = time.perf_counter()
-    missing = [str(path) for path in (CONFIG, PICTURES) if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} not found; the demo uses the project's samples: run it in the root of a clone."
-        )
-    if out.exists():
-        if not (out / "config.yaml").is_file() and any(out.iterdir()):
-            raise ConfigError(f"{out} holds something that is not a run; give --out a new or empty folder.")
-        shutil.rmtree(out)
+    begin(out, CONFIG, "config.yaml", "a run")
     config = configuration.load(CONFIG, [f"output={out}"])
     pairs = config.train.steps * config.train.batch_size
     print(
@@ -72,6 +64,19 @@ def demo(out: Path = Path("runs/demo")) -> dict[str, Any]:
     page = runs.report(out)["report"]
     print("3/3  report", flush=True)
     return metrics | {"report": page, "summary": f"{metrics['verdict']}\n{metrics['seconds_total']:.0f} s in all. Open {page}"}
+
+
+def begin(out: Path, config: Path, mark: str, what: str) -> None:
+    """Clear the place of a demo, whose earlier results `mark` tells from other things. Raises ConfigError."""
+    missing = [str(path) for path in (config, PICTURES) if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not found; the demo uses the project's samples: run it in the root of a clone."
+        )
+    if out.exists():
+        if not (out / mark).is_file() and any(out.iterdir()):
+            raise ConfigError(f"{out} holds something that is not {what}; give --out a new or empty folder.")
+        shutil.rmtree(out)
 
 
 def verdict(metrics: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,8 +11,7 @@ from typing import Any
 
 from flowalign import config as configuration
 from flowalign import runs
-from flowalign.demo import GUIDANCE, PICTURES, STEPS, held_out_captions
-from flowalign.errors import ConfigError
+from flowalign.demo import GUIDANCE, STEPS, begin, held_out_captions
 from flowalign.evaluate.worth import arms
 from flowalign.files import write_text
 from flowalign.flow.settings import FlowConfig
@@ -35,7 +33,7 @@ def demo_flow(out: Path = Path("runs/demo-flow")) -> dict[str, Any]:
     ConfigError outside a clone of the project, and where `out` holds something else.
     """
     started = time.perf_counter()
-    _prepare(out)
+    begin(out, CONFIG, "flow/config.yaml", "this demo")
     print(f"1/3  fit: {FIT_STEPS} steps of {BATCH} pairs that prefer Fluent drawings to Noto ones", flush=True)
     flow = out / "flow"
     fitted = runs.fit_flow(
@@ -81,15 +79,3 @@ def write_page(out: Path, found: dict[str, Any], steps: int) -> Path:
         "of n is the mean over all choices of n among the pictures drawn of a caption. Intervals are 95 % over captions."
     )
     return write_worth(out, found, arms(scored(found)), title="Does the flow earn its place?", how=how)
-
-
-def _prepare(out: Path) -> None:
-    missing = [str(path) for path in (CONFIG, PICTURES) if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"{' and '.join(missing)} not found; the demo uses the project's samples: run it in the root of a clone."
-        )
-    if out.exists():
-        if not (out / "flow" / "config.yaml").is_file() and any(out.iterdir()):
-            raise ConfigError(f"{out} holds something that is not this demo; give --out a new or empty folder.")
-        shutil.rmtree(out)

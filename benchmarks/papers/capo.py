@@ -15,7 +15,6 @@ seeds. What is finished in --work is kept.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,21 +25,18 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.papers.stages import Tree, align, draw, judges, kept
-from benchmarks.papers.style import write_between
+from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, options_of, publish
 from flowalign import runs
 from flowalign.data.writer import write_comparisons
 from flowalign.demo import GUIDANCE, PICTURES, STEPS, held_out_captions
 from flowalign.evaluate.compare import compare
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SamplerSettings, write_images
-from flowalign.files import write_text
 from flowalign.scoring.comparisons import select
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Shelf
 from flowalign.scoring.table import CALIBRATED, ScoreTable, read_table
 
-TINY = "samples/emoji/tiny-sd"
 REWARDS: list[Any] = ["samples/emoji/rewards.yaml", "colourfulness"]
 NAMES = ("emoji_clip", "style", "colourfulness")
 MEASURES = {"emoji_clip": "caption_match", "style": "style", "colourfulness": "colourfulness"}
@@ -188,17 +184,12 @@ def main() -> None:
         size = dict(prompts=4, draws=4, steps=2, captions=2)
     found = measure(options.work, options.seeds, **size)
     lines = page(found)
-    print("\n".join(lines))
-    if not options.quick:
-        write_between(PAGE, "capo", lines)
-        write_text(PAGE.with_suffix(".json"), json.dumps(found) + "\n")
+    publish(PAGE, "capo", lines, found, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/capo"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/capo")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 
 

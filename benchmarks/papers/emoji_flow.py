@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.papers import emoji_flow_page
-from benchmarks.papers.stages import Tree, judges, kept, write_rows
+from benchmarks.papers.stages import Tree, judges, kept, options_of, write_rows
 from flowalign import config as configuration
 from flowalign import runs
 from flowalign.demo import held_out_captions
@@ -172,11 +172,9 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/emoji-flow-worth"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/emoji-flow-worth")
     made.add_argument("--captions", type=int, default=48)
     made.add_argument("--seeds", type=int, default=8, help="pictures of each caption, each way")
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 
 

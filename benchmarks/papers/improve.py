@@ -16,20 +16,16 @@ What is finished in --work is kept.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.papers.style import write_between
+from benchmarks.papers.stages import Tree, publish
 from flowalign import config as configuration
 from flowalign import runs
-from flowalign.files import write_text
 from flowalign.improve_settings import ImproveConfig
 
-Tree = dict[str, Any]
 PAGE = Path("docs/results/improve.md")
 RATIO = 0.5
 ARMS: dict[str, Tree] = {
@@ -132,10 +128,7 @@ def main() -> None:
     size = SIZES["quick" if options.quick else "full" if options.full else "plain"]
     found = measure(options.work, options.seeds, size)
     lines = page(found, size)
-    print("\n".join(lines))
-    if not options.quick:
-        write_between(PAGE, "improve", lines)
-        write_text(PAGE.with_suffix(".json"), json.dumps({"size": size, "runs": found}) + "\n")
+    publish(PAGE, "improve", lines, {"size": size, "runs": found}, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:

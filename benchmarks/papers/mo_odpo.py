@@ -16,7 +16,6 @@ Held-out captions are drawn under 11 w and judged by judges that are no rewards.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -28,9 +27,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.papers.capo import TINY, scored
-from benchmarks.papers.stages import Tree, align, draw, judges, kept
-from benchmarks.papers.style import write_between
+from benchmarks.papers.capo import scored
+from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, options_of, publish
 from flowalign import runs
 from flowalign.data.writer import write_comparisons
 from flowalign.demo import GUIDANCE, STEPS, held_out_captions
@@ -38,7 +36,6 @@ from flowalign.evaluate.pareto import MultiObjective, against, multi_objective
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.families.steer import steered
-from flowalign.files import write_text
 from flowalign.scoring.comparisons import select
 from flowalign.scoring.table import CALIBRATED, ScoreTable
 
@@ -239,18 +236,13 @@ def main() -> None:
         size = dict(prompts=4, draws=4, steps=2, captions=3, points=3)
     found = measure(Bench(options.work, options.pool, size), options.seeds)
     lines = page(found)
-    print("\n".join(lines))
-    if not options.quick:
-        write_between(PAGE, "mo_odpo", lines)
-        write_text(PAGE.with_suffix(".json"), json.dumps(found) + "\n")
+    publish(PAGE, "mo_odpo", lines, found, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/mo_odpo"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/mo_odpo")
     made.add_argument("--pool", type=Path, default=Path("runs/capo"), help="where the scored pictures are, or will be")
     made.add_argument("--seeds", type=int, nargs="+", default=[0])
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 
 

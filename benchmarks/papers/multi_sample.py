@@ -23,11 +23,10 @@ import numpy as np
 
 from benchmarks.papers import groups, tones
 from benchmarks.papers.multi_sample_page import write_page
-from benchmarks.papers.stages import Tree, align, draw, judges, kept, write_rows
+from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, write_rows
 from flowalign.demo import GUIDANCE, held_out_captions
 from flowalign.files import write_text
 
-TINY = "samples/emoji/tiny-sd"
 STYLE_PAIRS = Path("samples/emoji/preferences/fluent_over_noto-train.jsonl")
 HELD_OUT_PAIRS = "samples/emoji/preferences/fluent_over_noto-held_out.jsonl"
 STYLES = ("3d fluent emoji", "flat noto emoji")  # how tiny-sd was told the style while it was pretrained

@@ -39,7 +39,7 @@ from benchmarks.papers.digits import (
     spread_within,
     train_generator,
 )
-from benchmarks.papers.stages import Tree, kept
+from benchmarks.papers.stages import Tree, kept, options_of
 from flowalign import runs
 from flowalign.evaluate.best_of import best_of
 from flowalign.evaluate.compare import mean_with_interval
@@ -230,11 +230,9 @@ def main() -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/pfm-mnist"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/pfm-mnist")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--full", action="store_true", help="the published schedule: more than a day of one core")
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     made.add_argument("--width", type=int, help="channels of the field's first level")
     made.add_argument("--steps", type=int, help="steps of the field")
     made.add_argument("--moved", type=int, help="pictures that the flow moves")

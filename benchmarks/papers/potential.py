@@ -15,7 +15,6 @@ is kept.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,13 +22,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.papers.capo import MEASURES, TINY, judged, scored, settings
-from benchmarks.papers.stages import Tree, align, draw, kept
-from benchmarks.papers.style import write_between
+from benchmarks.papers.capo import MEASURES, judged, scored, settings
+from benchmarks.papers.stages import TINY, Tree, align, draw, kept, options_of, publish
 from flowalign import runs
 from flowalign.demo import GUIDANCE, held_out_captions
 from flowalign.evaluate.compare import mean_with_interval
-from flowalign.files import write_text
 
 ORDERS = ("full", "random", "explicit", "implicit", "potential")
 RATIO = 0.4
@@ -106,18 +103,13 @@ def main() -> None:
         size, pairs, panel = dict(prompts=4, draws=4, steps=2, captions=2), 2, 2
     found = measure(options.work, options.pool, options.seeds, size=size, pairs=pairs, panel=panel)
     lines = page(found)
-    print("\n".join(lines))
-    if not options.quick:
-        write_between(PAGE, "potential", lines)
-        write_text(PAGE.with_suffix(".json"), json.dumps(found) + "\n")
+    publish(PAGE, "potential", lines, found, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/potential"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/potential")
     made.add_argument("--pool", type=Path, default=Path("runs/capo"), help="where the scored pictures are, or will be")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 
 

@@ -24,17 +24,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.papers.stages import Tree, align, judges, kept, write_rows
-from benchmarks.papers.style import write_between
+from benchmarks.papers.stages import TINY, Tree, align, judges, kept, options_of, publish, write_rows
 from flowalign import runs
 from flowalign.data.images import decode
 from flowalign.demo import GUIDANCE, PICTURES, STEPS, held_out_captions
 from flowalign.evaluate.compare import compare
-from flowalign.files import write_text
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Shelf
 
-TINY = "samples/emoji/tiny-sd"
 VOTES = Path("samples/emoji/preferences/fluent_over_noto-train.jsonl")
 USERS = ("colourful", "fluent", "noto", "pale")
 NEW = {"noto too": "noto", "fluent and colourful": "both"}
@@ -183,17 +180,12 @@ def main() -> None:
         size = dict(concepts=4, steps=2, captions=2)
     found = measure(options.work, options.seed, **size)
     lines = page(found)
-    print("\n".join(lines))
-    if not options.quick:
-        write_between(PAGE, "ppd", lines)
-        write_text(PAGE.with_suffix(".json"), json.dumps(found) + "\n")
+    publish(PAGE, "ppd", lines, found, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--work", type=Path, default=Path("runs/ppd"), help="where finished parts are kept")
+    made = options_of(__doc__, "runs/ppd")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
     return made
 
 

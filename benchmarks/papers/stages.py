@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.papers.style import write_between
 from flowalign import config as configuration
 from flowalign import runs
 from flowalign.demo import STEPS
@@ -18,6 +20,7 @@ from flowalign.evaluate.judges import load_judges
 from flowalign.files import write_text
 
 Tree = dict[str, Any]
+TINY = "samples/emoji/tiny-sd"
 
 
 def write_rows(path: Path, rows: Sequence[Tree]) -> Path:
@@ -53,6 +56,22 @@ def kept(path: Path, about: Tree, make: Callable[[], Tree]) -> Tree:
     figures = make()
     write_text(path, json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
     return figures
+
+
+def options_of(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """What reproductions are asked: where finished parts are kept, and whether it is a smoke test."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    made.add_argument("--work", type=Path, default=Path(work), help="where finished parts are kept")
+    made.add_argument("--quick", action="store_true", help="a smoke test of a few steps; its figures mean nothing")
+    return made
+
+
+def publish(page: Path, name: str, lines: Sequence[str], found: Any, *, quick: bool) -> None:
+    """Print a reproduction's table, and write it between the marks of its page and the figures beside that."""
+    print("\n".join(lines))
+    if not quick:
+        write_between(page, name, lines)
+        write_text(page.with_suffix(".json"), json.dumps(found) + "\n")
 
 
 @cache

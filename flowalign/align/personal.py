@@ -20,6 +20,9 @@ from flowalign.families.users import Users, attentions_of
 from flowalign.rng import key
 from flowalign.settings import Users as Settings
 
+NOBODY = ("",)
+"""In place of names that only the data say."""
+
 
 class Personal(Steered):
     """A denoiser whose attentions read a user beside the prompt; before training they read nothing."""
@@ -37,25 +40,22 @@ class Personal(Steered):
 
 def names_of(settings: Settings | None, train: Cached) -> tuple[str, ...]:
     """Who a policy knows, in the order of its embeddings; nobody without settings. Raises ConfigError and CheckpointError."""
-    if settings is None:
-        return ()
-    if settings.known is None or settings.new is None:
-        return settings.names or tuple(sorted(name for name in train.annotators if name))
-    names = read_users(settings.known)[0].names
-    if settings.new in names:
-        raise ConfigError(
-            f"users.new is {settings.new!r}, whom {settings.known} knows already; give the new user another name."
-        )
-    return (*names, settings.new)
+    expected = expected_names(settings)
+    return expected if expected != NOBODY else tuple(sorted(name for name in train.annotators if name))
 
 
 def expected_names(settings: Settings | None) -> tuple[str, ...]:
     """The same without any data: where only they say who there is, one user, whose embedding weighs next to nothing."""
     if settings is None:
         return ()
-    if settings.known is not None and settings.new is not None:
-        return (*read_users(settings.known)[0].names, settings.new)
-    return settings.names or ("",)
+    if settings.known is None or settings.new is None:
+        return settings.names or NOBODY
+    names = read_users(settings.known)[0].names
+    if settings.new in names:
+        raise ConfigError(
+            f"users.new is {settings.new!r}, whom {settings.known} knows already; give the new user another name."
+        )
+    return (*names, settings.new)
 
 
 def personal_policy(

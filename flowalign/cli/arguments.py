@@ -47,6 +47,14 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     return {"seeds": list(options.seeds), **{name: getattr(options, name) for name in names}}
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """What `run_settings` reads: CONFIG, --set, --resume and --output."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
+    add_overrides(parser)
+    parser.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """--set a.b=c."""
     parser.add_argument(

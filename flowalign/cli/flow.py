@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowalign.cli.arguments import Command, add_overrides, positive, run_settings, scale
+from flowalign.cli.arguments import Command, add_run, positive, run_settings, scale
 from flowalign.errors import ConfigError
 
 SOLVERS = ("euler", "midpoint", "heun2", "rk4", "dopri5")
@@ -26,10 +26,7 @@ def add(command: Command) -> None:
         return sub
 
     fit = verb("fit", _fit, "Fit a flow to comparisons or to a score table, as a YAML configuration says.")
-    fit.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
-    add_overrides(fit)
-    fit.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
-    fit.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+    add_run(fit)
 
     apply = verb("apply", _apply, "Move the pictures of a folder along a flow.")
     _add_source(apply)

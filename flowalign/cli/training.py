@@ -9,6 +9,7 @@ from typing import Any
 from flowalign.cli.arguments import (
     Command,
     add_overrides,
+    add_run,
     positive,
     price,
     run_settings,
@@ -19,10 +20,7 @@ from flowalign.plan.gpus import EFFICIENCY, GPUS
 
 def add(command: Command) -> None:
     align = command("align", _align, "Align a model on comparisons, as a YAML configuration says.")
-    align.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; with --resume also a run folder")
-    add_overrides(align)
-    align.add_argument("--resume", action="store_true", help="continue where an earlier run of this output folder stopped")
-    align.add_argument("--output", type=Path, metavar="DIR", help="the run folder, instead of the configuration's output")
+    add_run(align)
 
     adapt = command("adapt", _adapt, "Take a new user into a run with users: learn one embedding from a few comparisons.")
     adapt.add_argument("run", type=Path, metavar="RUN", help="a finished run with a section users")
