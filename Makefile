@@ -17,9 +17,10 @@ help:
 demo: $(VENV)/.installed
 	@$(BIN)/flowalign demo
 
-# A file of tests goes to one process, so that what its tests share is made once; more threads than cores slow all of them.
+# A file of tests goes to one process, so that what its tests share is made once; more threads than cores slow all of them. Files go
+# in their own order: by their number of tests, which is the default, long ones come last and one process waits for the other.
 test: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed
 	@$(BIN)/python -m pytest -m slow
