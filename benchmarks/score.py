@@ -1,6 +1,6 @@
 """What scoring by two rewards at once saves, and how much of the tower's own speed is left.
 
-    python benchmarks/score.py [--towers emoji-clip ViT-B-32] [--pictures 256] [--repeats 5] [--json FILE]
+    python benchmarks/score.py [--towers emoji-clip ViT-B-32] [--pictures N] [--repeats 5] [--json FILE]
 
     image     forwards of the image tower over prepared batches, nothing else
     bare      the same, and every prompt once through the text tower: what CLIPScore takes at the least
@@ -10,8 +10,9 @@
 
 Pictures are PNG files with eight pictures a prompt; every run starts with an empty cache. ViT-B-32 has random weights and
 its pictures are 256 pixels wide; emoji-clip is the bundled model on 64 pixels. Variants take turns in one process, so that a
-change of the machine's speed meets all of them; medians and ratios are what to read. The tower has `--threads` threads
-(as many as there are cores, but one, by default) and decoding has `--workers`.
+change of the machine's speed meets all of them; medians and ratios are what to read. A run has so many pictures that it lasts
+a second or two, because a table and a cache take some hundredths whatever is in them. The tower has `--threads` threads (as
+many as there are cores, but one, by default) and decoding has `--workers`.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from flowalign.scoring.rewards.base import Reward, Shelf
 from flowalign.scoring.sources import open_items
 
 ROOT = Path(__file__).resolve().parents[1]
-TOWERS = {"emoji-clip": 64, "ViT-B-32": 256}
-"""Width of the pictures."""
+TOWERS = {"emoji-clip": (64, 1024), "ViT-B-32": (256, 256)}
+"""Width of the pictures, and how many a run has."""
 SAMPLES = 8
 """Pictures a prompt."""
 
@@ -109,10 +110,12 @@ def variants(rewards: list[Reward], source: Path, folder: Path, options: argpars
 
 
 def measure(tower: str, options: argparse.Namespace) -> dict[str, Any]:
+    side, usual = TOWERS[tower]
+    pictures = options.pictures or usual
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rewards = rewards_of(tower, Shelf(choose_device(options.device), PRECISIONS[options.precision]), folder)
-        source = make(folder / "pictures", options.pictures, TOWERS[tower])
+        source = make(folder / "pictures", pictures, side)
         tests = variants(rewards, source, folder, options)
         wall: dict[str, list[float]] = {variant: [] for variant in tests}
         cpu: dict[str, list[float]] = {variant: [] for variant in tests}
@@ -135,8 +138,8 @@ def measure(tower: str, options: argparse.Namespace) -> dict[str, Any]:
 
     medians = {variant: statistics.median(times) for variant, times in wall.items()}
     return {
-        "pictures": options.pictures,
-        "pictures_per_second": {variant: options.pictures / seconds for variant, seconds in medians.items()},
+        "pictures": pictures,
+        "pictures_per_second": {variant: pictures / seconds for variant, seconds in medians.items()},
         "cpu_seconds": {variant: statistics.median(times) for variant, times in cpu.items()},
         "wall": ratios(wall),
         "cpu": ratios(cpu),
@@ -146,7 +149,7 @@ def measure(tower: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS))
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--pictures", type=int, help="of a run; by default what suits the tower")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, options_of, publish
+from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, options_of, publish, recipe
 from flowalign import runs
 from flowalign.data.writer import write_comparisons
 from flowalign.demo import GUIDANCE, PICTURES, STEPS, held_out_captions
@@ -51,24 +51,11 @@ PAGE = Path("docs/results/capo.md")
 
 
 def settings(pairs: Path, loss: str, steps: int, seed: int, work: Path) -> Tree:
-    return {
-        "model": {"checkpoint": TINY},
-        "data": {"train": str(pairs), "held_out": 0.0, "cache": str(work / "cache"), "rewards": {"combined": 1.0}},
-        "objective": LOSSES[loss],
-        "trainable": {"kind": "lora", "rank": 32},
-        "train": {
-            "steps": steps,
-            "batch_size": 16,
-            "learning_rate": 5e-4,
-            "schedule": "linear",
-            "warmup_steps": 5,
-            "adam_eps": 1e-15,
-            "caption_dropout": 0.2,
-            "seed": seed,
-            "save_every": None,
-        },
-        "sample": {"count": 1, "steps": 1},
-    }
+    made = recipe(
+        pairs, LOSSES[loss], steps=steps, seed=seed, cache=work / "cache", train={"learning_rate": 5e-4, "adam_eps": 1e-15}
+    )
+    made["data"]["rewards"] = {"combined": 1.0}
+    return made
 
 
 def scored(work: Path, prompts: int, draws: int) -> ScoreTable:
@@ -133,7 +120,7 @@ def measure(work: Path, seeds: Sequence[int], *, prompts: int, draws: int, steps
     for seed in seeds:
         for loss, way in [(loss, way) for loss in LOSSES for way in ("SUM", "SOUP", "FRS")] + [("dpo", "raw")]:
             folder = work / f"{loss}-{way}-{seed}"
-            recipe = settings(Path("pairs"), loss, steps, seed, work)
+            how = settings(Path("pairs"), loss, steps, seed, work)
 
             def make(loss: str = loss, way: str = way, seed: int = seed, folder: Path = folder) -> Tree:
                 if way == "SOUP":
@@ -141,7 +128,7 @@ def measure(work: Path, seeds: Sequence[int], *, prompts: int, draws: int, steps
                     return judged(soup(parts, shown, 7, folder / "drawn"), shown)
                 return judged(draw(str(trained(loss, way, seed)), shown, [7], folder / "drawn", GUIDANCE), shown)
 
-            found = kept(folder / "figures.json", about | recipe, make)
+            found = kept(folder / "figures.json", about | how, make)
             arms.setdefault(f"{loss} {way}", []).append(found)
             rates = " ".join(f"{name} {rate(base, [found], name).win_rate.value:.2f}" for name in NAMES)
             print(f"{time.perf_counter() - started:6.0f} s  {loss} {way} {seed}: {rates}", flush=True)

@@ -61,14 +61,14 @@ def measure(work: Path, pool: Path, seeds: Sequence[int], *, size: Mapping[str, 
         counts |= {order: sum(1 for _ in path.open()) for order, path in files.items()}
         for noise in NOISE:
             for order in ORDERS:
-                recipe = settings(files[order], "dpo", size["steps"], seed, pool) | {"switches": {"label_noise": noise}}
+                how = settings(files[order], "dpo", size["steps"], seed, pool) | {"switches": {"label_noise": noise}}
                 folder = work / f"{order}-{noise}-{seed}"
 
-                def make(recipe: Tree = recipe, folder: Path = folder) -> Tree:
-                    align(recipe, folder / "run")
+                def make(how: Tree = how, folder: Path = folder) -> Tree:
+                    align(how, folder / "run")
                     return judged(draw(str(folder / "run"), shown, [7], folder / "drawn", GUIDANCE), shown)
 
-                found = kept(folder / "figures.json", about | recipe, make)
+                found = kept(folder / "figures.json", about | how, make)
                 arms.setdefault(f"{order} {noise:g}", []).append(found)
                 print(f"{time.perf_counter() - started:6.0f} s  {order} {noise:g} {seed}: {np.mean(wins(base, found)):.3f}")
     return {"base": base, "arms": arms, "pairs": counts}

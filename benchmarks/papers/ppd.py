@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from benchmarks.papers.stages import TINY, Tree, align, judges, kept, options_of, publish, write_rows
+from benchmarks.papers.stages import TINY, Tree, align, draw, judges, kept, options_of, publish, recipe, write_rows
 from flowalign import runs
 from flowalign.data.images import decode
-from flowalign.demo import GUIDANCE, PICTURES, STEPS, held_out_captions
+from flowalign.demo import GUIDANCE, PICTURES, held_out_captions
 from flowalign.evaluate.compare import compare
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Shelf
@@ -80,22 +80,10 @@ def votes(work: Path, concepts: int) -> tuple[dict[str, Path], float]:
 
 
 def settings(pairs: Path, steps: int, seed: int, work: Path, more: Tree) -> Tree:
-    train = {
-        "steps": steps,
-        "batch_size": 16,
-        "schedule": "linear",
-        "warmup_steps": 5,
-        "caption_dropout": 0.1,
-        "seed": seed,
-        "save_every": None,
-    }
-    tree = {
-        "model": {"checkpoint": TINY},
-        "data": {"train": str(pairs), "held_out": 0.0, "cache": str(work / "cache")},
-        "objective": {"name": "dpo", "beta": 800.0},
-        "sample": {"count": 1, "steps": 1},
-    }
-    return tree | {"train": train | more["train"]} | {name: value for name, value in more.items() if name != "train"}
+    train = {"caption_dropout": 0.1} | more["train"]
+    sections = {name: value for name, value in more.items() if name != "train"}
+    loss = {"name": "dpo", "beta": 800.0}
+    return recipe(pairs, loss, steps=steps, seed=seed, cache=work / "cache", train=train, **sections)
 
 
 PERSONAL: Tree = {"users": {"tokens": 4}, "trainable": {"kind": "none"}, "train": {"learning_rate": 1e-3}}
@@ -104,9 +92,7 @@ ALONE: Tree = {"trainable": {"kind": "lora", "rank": 32}, "train": {"learning_ra
 
 def drawn(source: Path | str, captions: Sequence[str], out: Path, spread: float, user: dict[str, float] | None = None) -> Tree:
     """How Fluent and how colourful pictures of captions are, lists of one entry a picture."""
-    how: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "batch_size": 30, "precision": "bf16", "progress": False}
-    runs.generate(str(source), captions, seeds=[7], out=out, user=user, **how)
-    pictures = [Image.open(out / f"{place:05d}-7.png").convert("RGB") for place in range(len(captions))]
+    pictures = draw(str(source), captions, [7], out, GUIDANCE, user=user)
     style = judges()["style"].score(pictures, list(captions))
     caption = judges()["caption_match"].score(pictures, list(captions))
     return {"style": style.tolist(), "colour": (colours(pictures) / spread).tolist(), "caption": caption.tolist()}

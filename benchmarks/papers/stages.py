@@ -28,6 +28,27 @@ def write_rows(path: Path, rows: Sequence[Tree]) -> Path:
     return path
 
 
+def recipe(pairs: Path, objective: Tree, *, steps: int, seed: int, cache: Path, train: Tree, **sections: Tree) -> Tree:
+    """Settings of a LoRA of tiny-sd trained on `pairs`, 16 a step, at a rate that falls to zero; `sections` add and replace."""
+    return {
+        "model": {"checkpoint": TINY},
+        "data": {"train": str(pairs), "held_out": 0.0, "cache": str(cache)},
+        "objective": objective,
+        "trainable": {"kind": "lora", "rank": 32},
+        "train": {
+            "steps": steps,
+            "batch_size": 16,
+            "schedule": "linear",
+            "warmup_steps": 5,
+            "caption_dropout": 0.2,
+            "seed": seed,
+            "save_every": None,
+        }
+        | train,
+        "sample": {"count": 1, "steps": 1},
+    } | sections
+
+
 def align(tree: Tree, out: Path) -> dict[str, float]:
     """Train, or take up again what was stopped; the run's last metrics. A run with other settings is replaced."""
     config = configuration.parse(tree | {"output": str(out)})
@@ -39,11 +60,12 @@ def align(tree: Tree, out: Path) -> dict[str, float]:
     return result["metrics"]
 
 
-def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], out: Path, guidance: float) -> list[Image.Image]:
-    """A picture per prompt and seed, prompt by prompt."""
-    runs.generate(
-        source, prompts, seeds=seeds, out=out, steps=STEPS, guidance=guidance, batch_size=30, precision="bf16", progress=False
-    )
+def draw(
+    source: str | None, prompts: Sequence[str], seeds: Sequence[int], out: Path, guidance: float, **told: Any
+) -> list[Image.Image]:
+    """A picture per prompt and seed, prompt by prompt; `told` as `runs.generate` takes it."""
+    how: Tree = {"steps": STEPS, "guidance": guidance, "batch_size": 30, "precision": "bf16", "progress": False}
+    runs.generate(source, prompts, seeds=seeds, out=out, **how, **told)
     names = [f"{place:05d}-{seed}.png" for place, seed in enumerate(s for _ in prompts for s in seeds)]
     return [Image.open(out / name).convert("RGB") for name in names]
 
