@@ -58,7 +58,8 @@ Scores = list[list[list[float]]]
 
 def settings(pairs: Path, steps: int, seed: int, pool: Path, **sections: Tree) -> Tree:
     train = {"learning_rate": 1e-3, "adam_eps": 1e-15}
-    return recipe(pairs, {"name": "dpo", "beta": 400.0}, steps=steps, seed=seed, cache=pool / "cache", train=train, **sections)
+    more: Tree = {"guard": {"policy": "off"}} | sections  # an arm that collapses is a finding, not an end
+    return recipe(pairs, {"name": "dpo", "beta": 400.0}, steps=steps, seed=seed, cache=pool / "cache", train=train, **more)
 
 
 def lattice(names: Sequence[str], degree: int) -> list[dict[str, float]]:

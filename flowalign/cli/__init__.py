@@ -12,6 +12,7 @@ from typing import Any
 from flowalign import __version__
 from flowalign.cli import audit, files, flow, improve, merging, pictures, rewards, scoring, selection, serve, training
 from flowalign.errors import FlowalignError
+from flowalign.heap import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     people goes to standard error. Raises SystemExit(2) for arguments that cannot be parsed, as argparse does.
     """
     options = _parser().parse_args(_dashes(sys.argv[1:] if argv is None else argv))
+    keep_freed_memory()
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             result = options.command(options)

@@ -47,6 +47,9 @@ class ScoreCache:
                 self._open.execute("PRAGMA journal_mode = WAL")  # does not wait for another process that does the same
                 for table in TABLES:
                     self._open.execute(f"CREATE TABLE IF NOT EXISTS {table} WITHOUT ROWID")
+                # Asked of every picture, and nearly always of an empty table. What another process sets apart later is seen
+                # by the next one that opens the file; until then it only fails in company once more.
+                (self._some_apart,) = self._open.execute("SELECT EXISTS (SELECT 1 FROM alone)").fetchone()
                 return
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > until:
@@ -77,11 +80,11 @@ class ScoreCache:
             for card, scores in given:
                 keys = {name: _key(card, *name) for name, score in scores.items() if math.isfinite(score)}
                 rows = [(key, scores[name]) for name, key in keys.items()]
-                connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)
-                known = {
-                    name: connection.execute("SELECT score FROM scores WHERE key = ?", (key,)).fetchone()[0]
-                    for name, key in keys.items()
-                }
+                new = connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows).rowcount
+                known = {}
+                if new != len(rows):
+                    one = "SELECT score FROM scores WHERE key = ?"
+                    known = {name: connection.execute(one, (key,)).fetchone()[0] for name, key in keys.items()}
                 stand.append(dict(scores) | known)
         return stand
 
@@ -90,9 +93,12 @@ class ScoreCache:
         keys = {_key(card, *name) for name in names for card in cards}
         with self._writing() as connection:
             connection.executemany("INSERT OR IGNORE INTO alone VALUES (?)", [(key,) for key in sorted(keys)])
+        self._some_apart = True
 
     def is_apart(self, cards: Sequence[Card], picture: str, prompt: str) -> bool:
         """Whether it was `set_apart` for each of these."""
+        if not self._some_apart:
+            return False
         keys = [_key(card, picture, prompt) for card in cards]
         with self._working() as connection:
             (count,) = connection.execute(f"SELECT count(*) FROM alone WHERE key IN ({_marks(keys)})", keys).fetchone()
