@@ -197,6 +197,8 @@ class Steer(Section):
     """tokens: what the network says is multiplied with this, so that it is heard as soon as the denoiser's weights learn"""
     dropout: Fraction = 0.1
     """probability that a comparison trains without its weights; with the empty prompt it always does"""
+    contrast: Annotated[float, Field(ge=0)] = 0.0
+    """tokens: β_w of MI-EPO's contrast between a comparison's weights and others, half a forward more; 0 has none"""
 
 
 class Users(Section):

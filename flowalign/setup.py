@@ -28,7 +28,7 @@ from flowalign.align.merged import open_merged
 from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
 from flowalign.align.personal import personal_policy
 from flowalign.align.reference import BEGINNING, MOVING, Following, following, standing, with_reference
-from flowalign.align.steer import Steered, by_part, steered_policy
+from flowalign.align.steer import Steered, by_part, contrast_of, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.align.timesteps import Importance
 from flowalign.config import check_knobs
@@ -323,7 +323,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    kinds = {"types": len(by_type(policy)), "steered": isinstance(policy, Steered)}
+    kinds = {"types": len(by_type(policy)), "steered": isinstance(policy, Steered), "contrast": contrast_of(config.steer)}
     step = replace(step, policy=model, **kinds, reference=None if reference is None else anchor, bank=bank)
     ema = {name: p.detach().clone() for name, p in trained(policy).items()} if config.train.ema else None
     return Prepared(

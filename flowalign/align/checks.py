@@ -171,6 +171,8 @@ def _steer(facts: Facts) -> Iterator[str]:
         "steer.form 'prompt' says the same of all pictures of a comparison, and steer.condition 'scores' of each its own": (
             steer.form == "prompt" and steer.condition == "scores"
         ),
+        f"steer.contrast {steer.contrast:g} tells it other weights in the middle of a step, which steer.form 'prompt' and "
+        "steer.condition 'scores' cannot": steer.contrast > 0 and (steer.form, steer.condition) != ("tokens", "weights"),
         f"objective.name {facts.name!r} holds pictures against a reference, and steer.condition 'scores' tells each its own, "
         "which sft learns from": facts.anchored and steer.condition == "scores",
     }

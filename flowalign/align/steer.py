@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowalign.align.terms import Terms
 from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.weights import WEIGHTS
 from flowalign.families.base import CONTEXT, Family
 from flowalign.families.steer import Shift, shift_for
-from flowalign.rng import key
+from flowalign.rng import Keyed, key
 from flowalign.settings import Steer
 
 HIGH = 0.9
@@ -46,6 +48,11 @@ def steered_policy(policy: nn.Module, steer: Steer | None, width: int, seed: int
     return Steered(policy, shift_for(steer, width, key(seed, "steer")).to(device))
 
 
+def contrast_of(steer: Steer | None) -> float:
+    """β_w, 0 where weights are not held against others."""
+    return 0.0 if steer is None else steer.contrast
+
+
 def by_part(policy: nn.Module) -> tuple[nn.Module, Any]:
     """(the denoiser, what steers it) of a policy."""
     return (policy.denoiser, policy.shift) if isinstance(policy, Steered) else (policy, None)
@@ -65,6 +72,26 @@ def asked(batch: Batch, told: Conditioning, of_pictures: Callable[[Conditioning]
             given = given[::pictures].flatten(0, 1)
         told = told.joined(WEIGHTS, given)
     return told
+
+
+def elsewhere(batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
+    """(other weights `[B, K]`, even on the simplex and keyed like all that is drawn; whether the policy is told any, `[B]`)"""
+    weights = batch.objective_weights
+    if weights is None:
+        raise ValueError("a contrast between weights needs comparisons that have some")
+    drawn = [-torch.log1p(-rng.uniform(f"contrast-{place}", batch.ids, batch.draws)) for place in range(weights.shape[1])]
+    parts = torch.stack(drawn, 1)
+    told = weights.any(1)
+    return torch.where(told[:, None], parts / parts.sum(1, keepdim=True), 0.0).to(weights.dtype), told
+
+
+def contrast(terms: Terms, beta: float) -> Tensor:
+    """`[B]` −log σ(β_w (h(y|w⁺) − sg h(y|w⁻))) of the chosen y, their mean; h = ½(e_ref − e), and the reference cancels.
+
+    MI-EPO (Xie et al. 2026, 2607.01392): what was made under one w shall be likelier under it than under others.
+    """
+    apart = 0.5 * (terms.given("other_error") - terms.policy_error[:, : terms.num_chosen])
+    return -F.logsigmoid(beta * apart).mean(1)
 
 
 def even_and_corners(steer: Steer) -> list[dict[str, float]]:

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from flowalign.align.bank import ReferenceBank
 from flowalign.align.carried import Carried
 from flowalign.align.inversion import inverted
+from flowalign.align.measured import measured
 from flowalign.align.merged import Merged
-from flowalign.align.steer import asked
+from flowalign.align.steer import asked, contrast, elsewhere
 from flowalign.align.switches import by_gap, reads, safeguarded, time_weight
 from flowalign.align.terms import Objective, Terms
 from flowalign.align.timesteps import BINS, TIMESTEPS, Importance, squared_gradient
@@ -59,6 +60,8 @@ class PreferenceStep:
     """What moves β; None where it stays what the knobs say."""
     steered: bool = False
     """`policy` is a `steer.Steered`."""
+    contrast: float = 0.0
+    """β_w of the contrast between what it makes of a comparison under its own weights and under others; 0 has none."""
     chunk: int | None = None
     """Pictures that go through a denoiser together; None sends all of them."""
     importance: Importance | None = None
@@ -118,7 +121,7 @@ class PreferenceStep:
         batch, root = self.with_noise(batch, rng), self._root(batch)
         x_t, target, t = self.noised(batch, rng)
         conditioning = self.told(batch)
-        told = asked(batch, conditioning, partial(self._of_pictures, batch))
+        told = self._asked(batch, conditioning)
         prediction = self._predict(self.policy, x_t, t, told)
         residual = _weighed(prediction - target, root)
         error = _mean_square(residual).view(count, pictures)
@@ -146,7 +149,26 @@ class PreferenceStep:
             residual_dot=dot,
             scores=self._given(batch.scores, "scores"),
             grades=self._given(batch.grades, "grades"),
+            other_error=self._elsewhere(batch, rng, (x_t, target, t), conditioning, root) if self.contrast else None,
         )
+
+    def _asked(self, batch: Batch, conditioning: Conditioning) -> Conditioning:
+        return asked(batch, conditioning, partial(self._of_pictures, batch))
+
+    @torch.no_grad()
+    def _elsewhere(
+        self, batch: Batch, rng: Keyed, drawn: tuple[Tensor, Tensor, Tensor], conditioning: Conditioning, root: Tensor | None
+    ) -> Tensor:
+        """Errors of the chosen pictures under other weights, `[B, num_chosen]`; infinite where the policy is told none."""
+        weights, told = elsewhere(batch, rng)
+        rows = torch.arange(batch.mean.shape[:2].numel(), device=self.device).view(batch.mean.shape[:2])
+        rows = rows[:, : self.num_chosen].flatten()
+        x_t, target, t = (each[rows] for each in drawn)
+        prediction = self._predict(
+            self.policy, x_t, t, self._asked(replace(batch, objective_weights=weights), conditioning)[rows]
+        )
+        error = _mean_square(_weighed(prediction - target, None if root is None else root[rows])).view(len(batch), -1)
+        return torch.where(self._ship(told)[:, None], error, torch.inf)
 
     def for_bank(self, batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
         """What a bank stores: the reference's errors `[B, N]` and its predictions `[B, N, C, h, w]`, float32."""
@@ -217,7 +239,7 @@ class PreferenceStep:
         loss = self.loss(terms) * self._ship(batch.weight)
         if self.switches.time_weight != "constant":
             loss = loss * self._ship(time_weight(self.family.level(self.times(batch, rng)), self.switches))
-        metrics = self.measure(terms)
+        metrics = measured(terms, self.knobs.get("beta", 1.0))
         for part in (self.carried, self.adaptive):
             if part is not None:
                 seen = part.observe(terms) if torch.is_grad_enabled() else {}
@@ -240,36 +262,7 @@ class PreferenceStep:
         loss = self.objective(scaled, *carried, **self.knobs | moved)
         if self.switches.winner_nll:
             loss = loss + self.switches.winner_nll * terms.policy_error[:, : terms.num_chosen].mean(1)
-        return loss
-
-    @torch.no_grad()
-    def measure(self, terms: Terms) -> dict[str, Tensor]:
-        """Rewards βh as TRL names them, and errors relative to the reference, each a mean over the chosen or the rejected.
-
-        A tied margin is half a win, half a loss. The margin of a picture that was judged alone is its h where it is wanted, and
-        −h where it is not. `winner/…` are the errors themselves, of the chosen; of pictures judged alone times the probability
-        that they are wanted, so that ratios of their means are those of the wanted ones.
-        """
-        alone = terms.policy_error.shape[1] == 1
-        parts = (
-            {"all": slice(None)} if alone else {"chosen": slice(terms.num_chosen), "rejected": slice(terms.num_chosen, None)}
-        )
-        rise = terms.policy_error if terms.reference_error is None else terms.policy_error - terms.reference_error
-        errors = {f"error/{name}": rise[:, part].mean(1) for name, part in parts.items()}
-        share = terms.preference if alone else torch.ones_like(terms.preference)
-        winners = {"winner/error": terms.policy_error, "winner/reference_error": terms.reference_error}
-        errors |= {name: share * e[:, : terms.num_chosen].mean(1) for name, e in winners.items() if e is not None}
-        if terms.reference_error is None:
-            return errors
-        beta = self.knobs.get("beta", 1.0)
-        reward = beta * terms.log_ratio
-        margin = (2 * terms.preference - 1) * terms.log_ratio[:, 0] if alone else terms.margin
-        return {
-            **{f"rewards/{name}": reward[:, part].mean(1) for name, part in parts.items()},
-            "rewards/margins": beta * margin,
-            "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
-            **errors,
-        }
+        return loss if terms.other_error is None else loss + contrast(terms, self.contrast)
 
     def gains(self, batches: Iterable[Batch], parameters: Sequence[Tensor], rng: Keyed) -> None:
         """Measure, for `importance`, how gradients in the weights depend on time where those in the predictions do not.

@@ -38,6 +38,9 @@ class Terms:
     """`[B, N]` a reward per picture; of several rewards their weighted sum."""
     grades: Tensor | None = None
     """`[B, N]` relevance of the pictures of a ranked list, larger is better."""
+    other_error: Tensor | None = None
+    """`[B, num_chosen]` the policy's errors of the chosen under other objective weights, without a gradient; infinite where it
+    is told none."""
 
     def given(self, name: str) -> Tensor:
         """One of `NEEDS`, `[B, N]` or `[B]`. Raises ValueError where it is missing."""

@@ -51,7 +51,7 @@ def add(command: Command) -> None:
     select.add_argument("--alpha", type=scale, default=1.0, help="steered: weights are Dirichlet of so much each (%(default)s)")
     select.add_argument("--draws", type=positive, default=4, metavar="N", help="steered: weights a prompt (%(default)s)")
     select.add_argument("--temperature", type=scale, default=0.5, metavar="B", help="of rso, in the score's unit (%(default)s)")
-    select.add_argument("--labels", choices=("votes", "rates"), default="votes", help="%(choices)s (%(default)s)")
+    select.add_argument("--labels", choices=("votes", "rates", "mixture"), default="votes", help="%(choices)s (%(default)s)")
     select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random, rso and steered (%(default)s)")
 
     margins = command("margins", _margins, "Add to comparisons by how much a model prefers the chosen picture already.")

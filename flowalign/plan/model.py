@@ -15,7 +15,7 @@ from flowalign.align.merged import open_merged
 from flowalign.align.mixture import by_type, of_types
 from flowalign.align.personal import expected_names, personal_policy
 from flowalign.align.reference import MOVING, following, standing, with_reference
-from flowalign.align.steer import Steered, steered_policy
+from flowalign.align.steer import Steered, contrast_of, steered_policy
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
 from flowalign.families.base import CONTEXT, Family
@@ -109,6 +109,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
         switches=config.switches,
         types=len(by_type(learns)),
         steered=isinstance(learns, Steered),
+        contrast=contrast_of(config.steer),
         carried=Carried.of(objective, knobs, META),
         adaptive=adaptive(config.switches, knobs, META, steps=config.train.steps),
         chunk=choose_chunk(config),

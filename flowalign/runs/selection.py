@@ -50,8 +50,9 @@ def select(
     weights `objectives`, `alpha` and `draws` set, see `scoring.steered.steered`; or comparisons, and `by` one
     of `order.ORDERS`. score, most, least, ties, tie_width: see `scoring.comparisons.pick`. weights: "histogram" lets pairs with
     rare gaps count more. ratio: share of the comparisons that is kept, the first by the order; None is 0.4 where `by` is
-    an order, else all. potential_weight: w of the alignment potential. temperature: β of rso. labels: votes, or rates, see
-    `scoring.comparisons.select`. Raises UserError, and RunError where nothing is left.
+    an order, else all. potential_weight: w of the alignment potential. temperature: β of rso. labels: votes, or rates
+    (`scoring.comparisons.select`), or mixture (`scoring.steered.steered`). Raises UserError, and RunError where nothing is
+    left.
     """
     for what, value, choices in (("by", by, BY), ("ties", ties, TIES), ("weights", weights, WEIGHTS)):
         if value not in choices:
@@ -69,7 +70,7 @@ def select(
         if temperature <= 0:
             raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
-            found = steered(table, objectives, alpha=alpha, draws=draws, least=least, seed=seed)
+            found = steered(table, objectives, alpha=alpha, draws=draws, least=least, labels=labels, seed=seed)
             rows = rows_of(table, found, "combined" if "combined" in table.data.column_names else table.rewards[0])
         else:
             how = {"least": least, "ties": ties, "tie_width": tie_width, "seed": seed}

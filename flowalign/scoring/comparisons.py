@@ -36,6 +36,8 @@ class Picked:
     tie: bool
     weights: Mapping[str, float] | None = None
     """Of the rewards, where they made the score."""
+    label: float | None = None
+    """The probability that the better one is preferred; None is a vote, or a tie."""
 
 
 def select(
@@ -146,7 +148,8 @@ def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dic
         two = {name: values[places] for name, values in scores.items()}
         row["scores"] = {name: values.tolist() for name, values in two.items() if np.isfinite(values).all()}
         row["margin"] = each.gap
-        row |= {"preference": 0.5} if each.tie else {}
+        label = 0.5 if each.tie else each.label
+        row |= {"preference": label} if label is not None else {}
         row |= {"objective_weights": dict(each.weights)} if each.weights is not None else {}
         for name, column_ in made.items():
             if None not in (found := [column_[place] for place in places]):

@@ -13,6 +13,7 @@ from flowalign.scoring.comparisons import Picked
 from flowalign.scoring.table import CALIBRATED, ScoreTable
 
 STEERED = "steered"
+LABELS = ("votes", "mixture")
 
 
 def drawn_weights(count: int, alpha: float, prompt: str, draw: int, seed: int = 0) -> NDArray[np.float64]:
@@ -29,14 +30,19 @@ def steered(
     alpha: float = 1.0,
     draws: int = 4,
     least: float | None = None,
+    labels: str = "votes",
     seed: int = 0,
 ) -> list[Picked]:
     """For each prompt and draw of weights w, the best picture against the worst by Σ_k w_k R_k, with R calibrated `[n, K]`.
 
     objectives: rewards of the table; none takes all. draws: weights of a prompt. least: smallest gap of w·R; pairs without any
-    are dropped. Pictures that lack one of the scores take no part. Raises ConfigError for an α, DataError for objectives
-    that are fewer than two, not in the table, or not calibrated.
+    are dropped. labels: votes, or mixture: the summed weight of the objectives by which the best is the better one, half of it
+    where they are equal, so that dpo on that label is Σ_k w_k L_dpo^(k), each objective voting for itself (MI-EPO, Xie et al.
+    2026, 2607.01392). Pictures that lack one of the scores take no part. Raises ConfigError for an α or labels, DataError for
+    objectives that are fewer than two, not in the table, or not calibrated.
     """
+    if labels not in LABELS:
+        raise ConfigError(f"labels are {labels!r}; of pairs under weights {allowed(labels, LABELS)}.")
     names = tuple(objectives) or table.rewards
     for name in names:
         if name not in table.rewards:
@@ -58,5 +64,7 @@ def steered(
             gap = float(weighed[best] - weighed[worst])
             if gap > 0 and gap >= floor:
                 told = dict(zip(names, weights.tolist(), strict=True))
-                picked.append(Picked(int(rows[best]), int(rows[worst]), gap, False, told))
+                sides = scores[rows[best]] - scores[rows[worst]]
+                label = float(weights @ (0.5 + 0.5 * np.sign(sides))) if labels == "mixture" else None
+                picked.append(Picked(int(rows[best]), int(rows[worst]), gap, False, told, label))
     return picked

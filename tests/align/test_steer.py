@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import flowalign
 from flowalign import runs
 from flowalign.align.checks import check
-from flowalign.align.steer import Steered, even_and_corners
+from flowalign.align.steer import Steered, elsewhere, even_and_corners
 from flowalign.data.pairs import PairStream, fixed_draws
 from flowalign.data.weights import WEIGHTS
 from flowalign.device import make_accelerator
@@ -138,6 +139,44 @@ def test_gradients_reach_the_network_and_the_adapters(prepared: Make, data: Any)
     assert any(parameter.grad.abs().max() > 0 for name, parameter in trained(ready.policy).items() if "lora_B" in name)
 
 
+def test_the_contrast_is_its_formula_and_the_reference_cancels(prepared: Make, data: Any) -> None:
+    """−log σ(β_w (h(y⁺|w⁺) − sg h(y⁺|w⁻))), written out with a forward under each of the two weights."""
+    common = (STEER_BY, *data, "train.batch_size=6", "steer.dropout=0.5", "train.caption_dropout=0")
+    plain, ready = prepared(*common), prepared(*common, "steer.contrast=30")
+    assert isinstance(ready.policy, Steered)
+    settled(plain.policy)
+    settled(ready.policy)
+    batch, rng = ready.first_batch(), Keyed(0)
+    assert batch.objective_weights is not None
+    told = batch.objective_weights.any(1)
+    assert told.any()
+    assert not told.all()
+    other, again = elsewhere(batch, rng)
+    assert torch.equal(again, told)
+    torch.testing.assert_close(other.sum(1), told.float())
+    assert not torch.isclose(other[told], batch.objective_weights[told]).all(1).any()
+    x_t, target, t = ready.step.noised(batch, rng)
+    conditioning, chosen = ready.step.told(batch), slice(0, None, 2)
+    errors = []
+    for weights in (batch.objective_weights, other):
+        given = conditioning.joined(WEIGHTS, weights.repeat_interleave(2, 0))
+        found = ready.policy(ready.family, x_t, t, given)
+        errors.append((found - target).square().flatten(1).mean(1)[chosen])
+    terms = ready.step.terms(batch, rng)
+    reference = terms.given("reference")[:, 0]
+    own, elsewhere_ = (0.5 * (reference - error) for error in errors)
+    expected = torch.where(told, -torch.log(torch.sigmoid(30 * (own - elsewhere_.detach()))), 0.0)
+    loss, before = ready.step.loss(terms), plain.step.loss(plain.step.terms(batch, rng))
+    torch.testing.assert_close(loss - before, expected, rtol=1e-3, atol=1e-5)
+    assert float(expected.detach()[told].min()) > 0
+    # Where weights are told the gradient lowers the error under them, and nothing pulls on the other forward.
+    without = ready.step.loss(replace(terms, other_error=None))
+    (pull,) = torch.autograd.grad((loss - without).sum(), terms.policy_error)
+    assert (pull[told, 0] > 0).all()
+    assert not pull[~told].any()
+    assert not pull[:, 1].any()
+
+
 def items(ready: Prepared, count: int, **more: float) -> list[Any]:
     stream = PairStream(ready.train, 5, batch_size=8, **more)
     return [item for group in islice(stream._items(), count // 8) for item in group]
@@ -212,11 +251,10 @@ def test_a_stopped_run_goes_on_as_if_it_never_had(
 
 # ------------------------------------------------------------------------------------------------ learned, saved, loaded
 @pytest.fixture(scope="module")
-def learned(
-    settings: Callable[..., Config], weighed: dict[str, Path], clear: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Config:
-    config = settings(
-        tmp_path_factory.mktemp("steered") / "run",
+def learning(settings: Callable[..., Config], weighed: dict[str, Path], clear: Path) -> Callable[..., Config]:
+    """Settings that learn the colours, with more."""
+    return lambda out, *more: settings(
+        out,
         STEER_BY,
         f"model.checkpoint={clear}",
         f"data={{train: {weighed['train']}, validation: {weighed['held']}, resolution: 16}}",
@@ -228,7 +266,13 @@ def learned(
         "train.caption_dropout=0.1",
         "train.timestep_range=[0.2, 0.7]",
         "sample={count: 6, steps: 2}",
+        *more,
     )
+
+
+@pytest.fixture(scope="module")
+def learned(learning: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = learning(tmp_path_factory.mktemp("steered") / "run")
     runs.align(config, progress=False)
     return config
 
@@ -264,6 +308,18 @@ def test_the_policy_prefers_what_the_weights_say(learned: Config) -> None:
     lines = [json.loads(line) for line in (Path(learned.output) / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["eval/rewards/accuracies"] for line in lines if "eval/rewards/accuracies" in line]
     assert held_out[-1] >= 0.8  # of single times and noises
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["given", "reversed"])
+def test_the_contrast_alone_teaches_what_weights_mean(learning: Callable[..., Config], tmp_path: Path, order: str) -> None:
+    """With a loss of next to nothing beside it; where every vote in training is turned the weights mean the opposite."""
+    run = tmp_path / "run"
+    more = ("steer.contrast=2000", "objective.beta=1e-6", "train.steps=240", "guard.policy=off")
+    runs.align(learning(run, *more, f"data.order={order}"), progress=False)
+    asked = learning(run)  # held-out comparisons as they were judged
+    red, blue = prefers_red(asked, {"red": 1}), prefers_red(asked, {"blue": 1})
+    assert red - blue >= 0.5 if order == "given" else blue - red >= 0.5, (red, blue)
 
 
 def test_sample_pictures_are_drawn_in_the_middle_and_at_the_corners(learned: Config) -> None:

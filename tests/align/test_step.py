@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from flowalign.align.measured import measured
 from flowalign.align.terms import Terms
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import fixed_draws
@@ -336,22 +337,21 @@ def test_an_objective_that_cannot_take_the_held_out_comparisons_is_refused(prepa
     assert prepared("objective={name: mipo, estimator: plug_in}", f"data.train={grouped}").step.num_chosen == 2
 
 
-def test_the_errors_of_winners_are_those_of_chosen_or_wanted_pictures(prepared: Make) -> None:
-    step = prepared().step
+def test_the_errors_of_winners_are_those_of_chosen_or_wanted_pictures() -> None:
     policy, reference = torch.tensor([[0.3, 0.9], [0.5, 0.7]]), torch.tensor([[0.2, 0.8], [0.6, 0.4]])
     pairs = Terms(policy, reference, None, torch.ones(2))
-    found = step.measure(pairs)
+    found = measured(pairs, 1.0)
     assert found["winner/error"].tolist() == pytest.approx([0.3, 0.5])
     assert found["winner/reference_error"].tolist() == pytest.approx([0.2, 0.6])
-    groups = step.measure(
-        replace(pairs, num_chosen=2, policy_error=policy.repeat(1, 2), reference_error=reference.repeat(1, 2))
+    groups = measured(
+        replace(pairs, num_chosen=2, policy_error=policy.repeat(1, 2), reference_error=reference.repeat(1, 2)), 1.0
     )
     assert groups["winner/error"].tolist() == pytest.approx([0.6, 0.6])
     wanted = torch.tensor([1.0, 0.0, 0.5])
-    alone = step.measure(Terms(torch.tensor([[0.3], [0.9], [0.5]]), torch.tensor([[0.2], [0.7], [0.4]]), None, wanted))
+    alone = measured(Terms(torch.tensor([[0.3], [0.9], [0.5]]), torch.tensor([[0.2], [0.7], [0.4]]), None, wanted), 1.0)
     rise = alone["winner/error"].sum() / alone["winner/reference_error"].sum() - 1
     assert rise.item() == pytest.approx((0.3 + 0.25) / (0.2 + 0.2) - 1)
-    assert "winner/reference_error" not in step.measure(replace(pairs, reference_error=None))
+    assert "winner/reference_error" not in measured(replace(pairs, reference_error=None), 1.0)
 
 
 def test_held_out_margins_by_time_are_means_over_those_times(prepared: Make) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import dirichlet, kstest
 
 from flowalign import cli
+from flowalign.align.objectives.dpo import dpo
+from flowalign.align.terms import Terms
 from flowalign.data.readers import open_comparisons
 from flowalign.errors import ConfigError, DataError
 from flowalign.scoring.steered import drawn_weights, steered
@@ -48,6 +51,52 @@ def test_the_winner_is_that_of_the_weighed_scores(objectives: tuple[str, ...]) -
             assert pair.weights == pytest.approx(dict(zip(names, weights, strict=True)))
     assert next(place, None) is None
     assert len({(pair.better, pair.worse) for pair in found}) > 5  # weights matter
+
+
+def test_a_mixture_is_each_objective_voting_for_itself_with_its_weight() -> None:
+    """dpo on the label is Σ_k w_k L_dpo^(k), where L^(k) takes for the better picture what is better by objective k."""
+    scores, names = table(), ("clip", "style")
+    votes, found = (steered(scores, names, draws=5, labels=labels) for labels in ("votes", "mixture"))
+    assert [pair.label for pair in votes] == [None] * len(votes)
+    values = {name: scores.numbers(f"calibrated.{name}") for name in names}
+    seen = set()
+    for pair, vote in zip(found, votes, strict=True):
+        assert (pair.better, pair.worse, pair.weights) == (vote.better, vote.worse, vote.weights)
+        assert pair.label is not None
+        assert pair.weights is not None
+        margin = torch.tensor([0.37])
+        terms = Terms(-margin[:, None] * torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2), None, torch.tensor([pair.label]))
+        parts = [values[name][pair.better] > values[name][pair.worse] for name in names]
+        signs = torch.tensor([1.0 if part else -1.0 for part in parts])
+        weights = torch.tensor([pair.weights[name] for name in names])
+        expected = -(weights * torch.log(torch.sigmoid(signs * 2.0 * terms.margin))).sum()
+        torch.testing.assert_close(dpo(terms, beta=2.0)[0], expected.float(), rtol=1e-5, atol=1e-6)
+        seen.add(tuple(parts))
+    assert len(seen) > 1
+
+
+def test_what_a_mixture_says_is_written(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{place}.png") for place in range(len(PROMPTS))]
+    for number, path in enumerate(paths):
+        Path(path).write_bytes(encoded(picture(number)))
+    table(paths).write(tmp_path / "scores.parquet")
+    out = tmp_path / "pairs.jsonl"
+    common = ["select", str(tmp_path / "scores.parquet"), "--by", "steered", "--out", str(out)]
+    assert cli.main([*common, "--labels", "mixture"]) == 0
+    comparisons = open_comparisons(str(out))
+    labels = [comparisons[place].preference for place in range(len(comparisons))]
+    assert 0 < min(labels) < 1
+    assert len(set(labels)) > 3
+
+
+@pytest.mark.parametrize(("by", "labels"), [("steered", "rates"), ("best_worst", "mixture")])
+def test_labels_that_a_way_of_picking_does_not_have_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], by: str, labels: str
+) -> None:
+    table().write(tmp_path / "scores.parquet")
+    command = ["select", str(tmp_path / "scores.parquet"), "--by", by, "--labels", labels, "--out", str(tmp_path / "p.jsonl")]
+    assert cli.main(command) == 2
+    assert f"labels are '{labels}'" in capsys.readouterr().err
 
 
 def test_corners_are_the_best_and_worst_of_one_reward() -> None:
