@@ -36,6 +36,9 @@ def add(command: Command) -> None:
         "--api-key", metavar="KEY", help="what callers must send; better set FLOWALIGN_API_KEY, which no other user can read"
     )
     serve.add_argument("--allow-public", action="store_true", help="serve other machines without a key")
+    serve.add_argument(
+        "--parent", type=positive, metavar="PID", help="end as soon as this process, the one that starts it, has"
+    )
     serve.add_argument("--public-url", metavar="URL", help="how callers reach this server, if not by its own address")
     serve.add_argument(
         "--url-host",
@@ -84,6 +87,7 @@ def _serve(options: argparse.Namespace) -> dict[str, Any]:
         "host",
         "port",
         "api_key",
+        "parent",
         "allow_public",
         "public_url",
         "url_hosts",

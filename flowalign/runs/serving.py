@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowalign.errors import ConfigError, MissingExtraError
+from flowalign.parent import end_with
 
 if TYPE_CHECKING:
     from flowalign.scoring.rewards.base import Reward
@@ -29,6 +30,7 @@ def serve(
     port: int = 8000,
     api_key: str | None = None,
     upstream_key: str | None = None,
+    parent: int | None = None,
     allow_public: bool = False,
     public_url: str | None = None,
     url_hosts: Sequence[str] = (),
@@ -45,8 +47,9 @@ def serve(
 
     generator: a checkpoint to draw with; upstream: an images API to stand in front of, up to and with /v1; one of them, or
     rewards alone, see `scoring.loading.load_rewards`. flow: a run folder, and strength how far it moves pictures. api_key,
-    upstream_key: by default from FLOWALIGN_API_KEY and FLOWALIGN_UPSTREAM_KEY. limits: values of `serve.limits.Limits` other
-    than its own. Raises ConfigError, CheckpointError and MissingExtraError.
+    upstream_key: by default from FLOWALIGN_API_KEY and FLOWALIGN_UPSTREAM_KEY. parent: the process that started this one, with
+    which it ends. limits: values of `serve.limits.Limits` other than its own. Raises ConfigError, CheckpointError and
+    MissingExtraError.
     """
     try:
         from flowalign.serve import access as accesses
@@ -55,6 +58,8 @@ def serve(
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "serve", "flowalign serve") from error
 
+    if parent is not None:
+        end_with(parent)
     _check_parts(generator, upstream, flow, strength, rewards)
     key = os.environ.get(KEY) or None if api_key is None else api_key
     other = os.environ.get(UPSTREAM_KEY) or None if upstream_key is None else upstream_key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pytest
 
 from flowalign import cli
 from flowalign.serve.app import Generating, Proxying, make_service
+from flowalign.serve.child import Child, start
 from flowalign.serve.limits import Limits
 from flowalign.serve.openapi import document
 from flowalign.serve.process import listen
@@ -32,55 +33,21 @@ from tests.serve.upstream import Upstream, response
 HOUSE_KEY, UPSTREAM_KEY, CALLERS_KEY = "key-of-the-house", "sk-of-the-upstream", "sk-of-a-caller"
 
 
-class Command:
-    """A running `flowalign serve`."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("FLOWALIGN_")} | environment
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flowalign", "serve", "--port", "0", "--json", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
-        self.lines: list[str] = []
-        self._started = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        assert self._started.wait(120), self.lines
-        self.url = re.search(r"http://127\.0\.0\.1:\d+$", self.lines[0], re.MULTILINE).group()  # type: ignore[union-attr]
-
-    def _read(self) -> None:
-        for line in self.process.stderr:  # type: ignore[union-attr]
-            self.lines.append(line.rstrip())
-            if line.startswith("serving "):
-                self._started.set()
-        self._started.set()
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error after SIGTERM."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        out = self.process.stdout.read()  # type: ignore[union-attr]
-        code = self.process.wait(20)
-        self._reader.join(5)
-        return code, out, "\n".join(self.lines)
-
-
 @pytest.fixture
-def command() -> Iterator[Callable[..., Command]]:
-    started: list[Command] = []
+def command(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """command("--upstream", url, FLOWALIGN_API_KEY=...): a running `flowalign serve`."""
+    with ExitStack() as stack:
 
-    def start(*arguments: str, **environment: str) -> Command:
-        started.append(Command(*arguments, **environment))
-        return started[-1]
+        def run(*arguments: str, **environment: str) -> Child:
+            child = start(*arguments, log=tmp_path / "serve.log", environment=environment)
+            stack.callback(child.process.wait)
+            stack.callback(child.process.kill)
+            return child
 
-    yield start
-    for each in started:
-        if each.process.poll() is None:
-            each.process.kill()
-            each.process.wait()
+        yield run
 
 
-def test_work_is_finished_before_the_end_and_no_secret_is_logged(command: Callable[..., Command], upstream: Upstream) -> None:
+def test_work_is_finished_before_the_end_and_no_secret_is_logged(command: Callable[..., Child], upstream: Upstream) -> None:
     release = threading.Event()
 
     async def wait(writer: asyncio.StreamWriter) -> None:
@@ -93,25 +60,26 @@ def test_work_is_finished_before_the_end_and_no_secret_is_logged(command: Callab
         "--upstream", upstream.url, "--log-level", "debug", "--url-host", "pictures.example.org",
         FLOWALIGN_API_KEY=HOUSE_KEY, FLOWALIGN_UPSTREAM_KEY=UPSTREAM_KEY,
     )  # fmt: skip
-    stranger = openai.OpenAI(base_url=f"{made.url}/v1", api_key=CALLERS_KEY, max_retries=0)
+    stranger = openai.OpenAI(base_url=f"{made.address}/v1", api_key=CALLERS_KEY, max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.images.generate(prompt="fox")
     assert upstream.asked == []
     answers: list[Any] = []
-    with openai.OpenAI(base_url=f"{made.url}/v1", api_key=HOUSE_KEY, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{made.address}/v1", api_key=HOUSE_KEY, max_retries=0) as client:
         client.images.generate(prompt="fox", extra_query={"sig": "secret-query"}, extra_headers={"api-key": CALLERS_KEY})
         upstream.answer = lambda asked: wait
         thread = threading.Thread(target=lambda: answers.append(client.images.generate(prompt="a fox unheard of")))
         thread.start()
         eventually(lambda: len(upstream.asked) == 2)
         made.process.send_signal(signal.SIGTERM)
-        eventually(lambda: not reachable(made.url))
+        eventually(lambda: not reachable(made.address))
         assert made.process.poll() is None
         release.set()
         thread.join(10)
     (answer,) = answers
     assert answer.data[0].b64_json
-    code, out, log = made.end()
+    code, out = made.end()
+    log = made.log.read_text()
     assert code == 0
     assert json.loads(out)["requests"] >= 3
     assert upstream.asked[0].headers["authorization"] == f"Bearer {UPSTREAM_KEY}"
@@ -128,7 +96,7 @@ def reachable(url: str) -> bool:
         return False
 
 
-def test_who_does_not_finish_is_cut_off_at_the_end_of_patience(command: Callable[..., Command], upstream: Upstream) -> None:
+def test_who_does_not_finish_is_cut_off_at_the_end_of_patience(command: Callable[..., Child], upstream: Upstream) -> None:
     async def never(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)
 
@@ -138,7 +106,7 @@ def test_who_does_not_finish_is_cut_off_at_the_end_of_patience(command: Callable
 
     def ask() -> None:
         try:
-            httpx.post(f"{made.url}/v1/images/generations", json={"prompt": "fox"}, timeout=30.0).raise_for_status()
+            httpx.post(f"{made.address}/v1/images/generations", json={"prompt": "fox"}, timeout=30.0).raise_for_status()
         except httpx.HTTPError as error:
             errors.append(error)
 
@@ -148,6 +116,28 @@ def test_who_does_not_finish_is_cut_off_at_the_end_of_patience(command: Callable
     assert made.end()[0] == 0
     thread.join(10)
     assert len(errors) == 1
+
+
+STARTS = """
+import sys, time
+from pathlib import Path
+from flowalign.serve.child import serving
+
+with serving("--upstream", "http://127.0.0.1:1/v1", log=Path(sys.argv[1])) as address:
+    print(address, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_server_ends_with_who_started_it_however_that_ends(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", STARTS, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        address = parent.stdout.readline().strip()  # type: ignore[union-attr]
+        assert reachable(address)
+        parent.send_signal(number)
+        parent.wait()
+    eventually(lambda: not reachable(address))
 
 
 @pytest.mark.parametrize(
@@ -249,9 +239,9 @@ def test_the_page_loads_nothing_from_elsewhere(serve: Callable[..., str]) -> Non
 
 
 @pytest.mark.slow
-def test_the_bundled_model_is_served_with_nothing_else(command: Callable[..., Command], emoji: Path) -> None:
+def test_the_bundled_model_is_served_with_nothing_else(command: Callable[..., Child], emoji: Path) -> None:
     made = command("--generator", str(emoji / "tiny-sd"), "--steps", "2", "--device", "cpu")
-    with openai.OpenAI(base_url=f"{made.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{made.address}/v1", api_key="none", max_retries=0) as client:
         answer = client.images.generate(prompt="a red apple", n=2, model="tiny-sd", extra_body={"seed": 5})
         assert [entry.seed for entry in answer.data] == [5, 6]
         assert answer.size == "64x64"
