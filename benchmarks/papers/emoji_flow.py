@@ -113,7 +113,7 @@ class Bench:
     def applied(self, flow: Flow, options: dict[str, Any]) -> Tree:
         """Share in the style, caption match and its change with intervals over captions, identity, seconds and evaluations."""
         begun = time.process_time()
-        told = None if flow.contexts.kind == "none" else self.prompts
+        told = self.prompts if flow.reads_prompts else None
         found = flow.apply(self.pictures, told, solve=flow.solve.model_copy(update=options))
         spent = (time.process_time() - begun) / len(self.pictures)
         scores = self.judged(found.pictures)

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from flowalign.errors import ConfigError, DataError
 from flowalign.files import atomic, write_text
 from flowalign.flow.folders import TABLE, Listed, list_pictures
-from flowalign.flow.improve import Flow
+from flowalign.flow.improve import Chain, Flow
 from flowalign.flow.settings import Solve
 from flowalign.rng import key
 
 
 def apply_folder(
-    flow: Flow,
+    flow: Flow | Chain,
     source: str | Path,
     out: Path,
     *,
@@ -65,7 +65,7 @@ def apply_folder(
     with tqdm(total=len(missing), desc="applying the flow", unit="picture", disable=not progress) as bar:
         for start in range(0, len(missing), size):
             places = missing[start : start + size]
-            told = None if flow.contexts.kind == "none" else [str(prompts[place]) for place in places]
+            told = [str(prompts[place]) for place in places] if flow.reads_prompts else None
             found = flow.apply([pictures[place].read() for place in places], told, solve=settings, diagnose=diagnose)
             for number, place in enumerate(places):
                 row = rows[names[place]]
@@ -87,8 +87,10 @@ def apply_folder(
     return [rows[name] for name in names]
 
 
-def identity(flow: Flow) -> str:
+def identity(flow: Flow | Chain) -> str:
     """12 hex digits over all that decides what a flow does to a picture, but for how it is solved."""
+    if isinstance(flow, Chain):
+        return f"{key(*map(identity, flow.flows)):016x}"[:12]
     weights = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(flow.field.state_dict().items()):
         weights.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -106,9 +108,9 @@ def _names(pictures: Sequence[Listed]) -> list[str]:
     return names
 
 
-def _prompt(flow: Flow, picture: Listed, given: str | None) -> str | None:
+def _prompt(flow: Flow | Chain, picture: Listed, given: str | None) -> str | None:
     prompt = picture.prompt or given
-    if prompt is None and flow.contexts.kind != "none":
+    if prompt is None and flow.reads_prompts:
         raise DataError(
             f"this flow is told what a picture shows, and nothing says it of {picture.path}; add a {TABLE} with file_name and "
             "prompt, or give one for all with --prompt."

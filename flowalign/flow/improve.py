@@ -1,7 +1,9 @@
-"""`Flow`: a trained flow, ready to be applied to pictures."""
+"""`Flow`: a trained flow, ready to be applied to pictures; `Chain`: several, one after the other."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.data.images import flat
-from flowalign.errors import CheckpointError, DataError
+from flowalign.errors import CheckpointError, DataError, reason
+from flowalign.files import write_text
 from flowalign.flow.contexts import Contexts, open_contexts
 from flowalign.flow.domain import Domain, load_domain
 from flowalign.flow.field import Field, load_field, read_about, save_field
@@ -22,6 +25,9 @@ from flowalign.flow.settings import Solve
 from flowalign.flow.solve import guided, solve, there_and_back
 from flowalign.flow.spaces import LatentSpace, PixelSpace, Space, open_autoencoder
 from flowalign.flow.tiles import Tiling, cut, joined, tiling
+
+CHAIN = "chain.json"
+"""In a folder of several flows: which, the first to be applied first."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,11 @@ class Flow:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it is told what a picture shows."""
+        return self.contexts.kind != "none"
+
     def apply(
         self,
         pictures: Sequence[Image.Image],
@@ -86,7 +97,7 @@ class Flow:
         prompts and gets none, RunError as `solve` does.
         """
         settings = solve or self.solve
-        if prompts is None and self.contexts.kind != "none":
+        if prompts is None and self.reads_prompts:
             raise DataError("this flow is told what a picture shows; give one prompt for each picture.")
         if prompts is not None and len(prompts) != len(pictures):
             raise DataError(f"there are {len(pictures)} pictures and {len(prompts)} prompts; give one prompt for each picture.")
@@ -96,7 +107,7 @@ class Flow:
         owner = [place for place, tiles in enumerate(tilings) for _ in tiles.corners]
         strength, distance = self._strengths(z, owner, len(before), settings.strength)
         context = None
-        if prompts and self.contexts.kind != "none":
+        if prompts and self.reads_prompts:
             context = self.contexts.encode(prompts)[torch.tensor(owner)]
         reach = strength[torch.tensor(owner, dtype=torch.int64)]
         residuals, evaluations, errors = self._moved(z, context, reach, settings, diagnose)
@@ -168,6 +179,58 @@ class Flow:
         save_field(self.field, folder, {"flow": about})
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Flows one after the other, each fitted to pictures that those before it had moved."""
+
+    flows: tuple[Flow, ...]
+    """At least one."""
+
+    @property
+    def solve(self) -> Solve:
+        """How the last is applied unless told otherwise."""
+        return self.flows[-1].solve
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether any is told what a picture shows."""
+        return any(flow.reads_prompts for flow in self.flows)
+
+    def apply(
+        self,
+        pictures: Sequence[Image.Image],
+        prompts: Sequence[str] | None = None,
+        *,
+        solve: Solve | None = None,
+        diagnose: bool = False,
+    ) -> Applied:
+        """Move pictures along all flows, as `Flow.apply` does along one; with `solve`, along each in that way.
+
+        A picture's strength is the least of any flow; its distance is the largest, in units of that flow's limit; evaluations
+        are summed, and its error is the largest of any flow.
+        """
+        found, now = list[Applied](), list(pictures)
+        for flow in self.flows:
+            found.append(flow.apply(now, prompts, solve=solve, diagnose=diagnose))
+            now = found[-1].pictures
+        places, watched = range(len(now)), [each for each in found if each.limit is not None]
+        far = [max(((each.distance[n] or 0.0) / (each.limit or 1.0) for each in watched), default=None) for n in places]
+        return Applied(
+            now,
+            [min(each.strength[n] for each in found) for n in places],
+            far,
+            1.0 if watched else None,
+            sum(each.evaluations for each in found),
+            [max(each.error[n] for each in found if each.error is not None) for n in places] if diagnose else None,
+        )
+
+
+def write_chain(folder: Path, flows: Sequence[Path]) -> None:
+    """Make `folder` a chain of flows that `load_flow` reads; it names their folders by the way from there to them."""
+    names = [Path(os.path.relpath(flow, folder)).as_posix() for flow in flows]
+    write_text(folder / CHAIN, json.dumps({"flows": names}, indent=1) + "\n")
+
+
 def open_space(kind: str, source: dict[str, Any], device: torch.device | str) -> Space:
     """A space by its kind; source: `autoencoder`, `revision`, `variant` of latents. Raises CheckpointError."""
     if kind == "pixels":
@@ -182,28 +245,51 @@ def load_flow(
     *,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Flow:
-    """The flow of a run folder, or of its `weights` folder. Raises CheckpointError.
+) -> Flow | Chain:
+    """The flow of a run folder, or of its `weights` folder, or the chain of flows there. Raises CheckpointError.
 
     Autoencoder and text encoder are loaded from where they lay when the flow was trained, and must be the same still.
     """
-    folder = Path(run)
-    folder = folder / "weights" if (folder / "weights").is_dir() else folder
+    folder, opened = _weights(Path(run)), dict[str, Any]()
+    if not (folder / CHAIN).is_file():
+        return _load(folder, device, autocast, opened)
+    try:
+        names = [str(name) for name in json.loads((folder / CHAIN).read_text(encoding="utf-8"))["flows"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder / CHAIN} cannot be read ({reason(error)}); make it again or copy it.") from error
+    if not names:
+        raise CheckpointError(f"{folder / CHAIN} names no flow; make it again or copy it.")
+    return Chain(tuple(_load(_weights(folder / name), device, autocast, opened) for name in names))
+
+
+def _weights(run: Path) -> Path:
+    return run / "weights" if (run / "weights").is_dir() else run
+
+
+def _load(
+    folder: Path,
+    device: torch.device | str,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    opened: dict[str, Any],
+) -> Flow:
+    """One flow. opened: autoencoders and text encoders by what is said of them; flows of a chain share them."""
     field, about = load_field(folder, device), read_about(folder).get("flow")
     if not isinstance(about, dict):
         raise CheckpointError(f"{folder} holds a field but no flow of pictures; load it with flowalign.flow.field.load_field.")
     source = {name: value for name, value in about["space"].items() if name not in ("kind", "fingerprint")}
-    space = open_space(about["space"]["kind"], source, device)
-    contexts = open_contexts(about["context"], device)
+    spaces, told = (json.dumps(about[part], sort_keys=True) for part in ("space", "context"))
+    space = opened.get(spaces) or open_space(about["space"]["kind"], source, device)
+    contexts = opened.get(told) or open_contexts(about["context"], device)
     for name, now, then in (
         ("the autoencoder", space.fingerprint, about["space"]["fingerprint"]),
         ("the text encoder", contexts.fingerprint, about["context"]["fingerprint"]),
     ):
         if now != then:
             raise CheckpointError(
-                f"{name} that {run} was trained with has changed since (fingerprint {then}, now {now}); restore it, or fit the "
-                "flow again."
+                f"{name} that {folder} was trained with has changed since (fingerprint {then}, now {now}); restore it, or fit "
+                "the flow again."
             )
+    opened |= {spaces: space, told: contexts}
     return Flow(
         field,
         space,

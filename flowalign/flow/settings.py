@@ -121,7 +121,19 @@ class Pairs(Data):
     """a file, a folder, an address such as s3://… or a hub id of comparisons; empty where `scores` is given"""
 
 
-class FlowConfig(Section):
+class Fitting(Section):
+    """How a flow is fitted and applied, whatever to."""
+
+    space: Space = Space()
+    context: Context = Context()
+    field: Velocity = Velocity()
+    match: Match = Match()
+    train: Train = Train()
+    solve: Solve = Solve()
+    domain: Domain = Domain()
+
+
+class FlowConfig(Fitting):
     """A whole flow. Relative paths are relative to the working directory."""
 
     model: Model | None = None
@@ -130,13 +142,6 @@ class FlowConfig(Section):
     """a section with train"""
     scores: Scores | None = None
     """make the comparisons from a score table instead; null takes data.train"""
-    space: Space = Space()
-    context: Context = Context()
-    field: Velocity = Velocity()
-    match: Match = Match()
-    train: Train = Train()
-    solve: Solve = Solve()
-    domain: Domain = Domain()
     seed: Natural = 0
     """key of what is drawn when pairs are made from scores"""
     judges: str | None = None

@@ -12,7 +12,7 @@ from PIL import Image
 from flowalign.errors import DataError, RunError
 from flowalign.families.sampling import SamplerSettings, sample
 from flowalign.flow.folders import list_pictures
-from flowalign.flow.improve import Flow, load_flow
+from flowalign.flow.improve import Chain, Flow, load_flow
 from flowalign.flow.settings import Solve
 
 
@@ -69,7 +69,7 @@ class Wrapped:
     """A generator with a flow behind it; itself a generator."""
 
     generator: Generator
-    flow: Flow
+    flow: Flow | Chain
     solve: Solve
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
@@ -84,10 +84,10 @@ class Wrapped:
         return replace(self, solve=self.solve.model_copy(update={"strength": strength}))
 
 
-def wrap(generator: Generator, flow: Flow | str | Path, *, solve: Solve | None = None) -> Wrapped:
-    """`generator` with a flow behind it, given or by its run folder. solve: how it is applied, instead of the flow's own.
+def wrap(generator: Generator, flow: Flow | Chain | str | Path, *, solve: Solve | None = None) -> Wrapped:
+    """`generator` with a flow behind it, or a chain of them, given or by its run folder.
 
-    Raises CheckpointError for a folder that holds no flow.
+    solve: how it is applied, instead of the flow's own. Raises CheckpointError for a folder that holds no flow.
     """
-    ready = flow if isinstance(flow, Flow) else load_flow(flow)
+    ready = flow if isinstance(flow, Flow | Chain) else load_flow(flow)
     return Wrapped(generator, ready, solve or ready.solve)

@@ -143,7 +143,7 @@ def _latencies(apis: Sequence[ImagesAPI], wanted: Sequence[tuple[str, int]]) -> 
 def _check(setting: Setting, pair: Pair, prompts: Sequence[str]) -> tuple[int, float]:
     """Evaluations of the field and mean strength of the first pictures, moved here. Raises RunError where the proxy differs."""
     flow = load_flow(setting.flow, device=choose_device(setting.device))
-    here = flow.apply(pair[0][:CHECKED], None if flow.contexts.kind == "none" else prompts[:CHECKED])
+    here = flow.apply(pair[0][:CHECKED], prompts[:CHECKED] if flow.reads_prompts else None)
     before, ours, theirs = (
         np.stack([np.asarray(each, dtype=np.float64) for each in side[:CHECKED]])
         for side in (
