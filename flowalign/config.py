@@ -116,7 +116,9 @@ def _sentence(tree: type[Section], error: Any, data: Any, source: str) -> str:
     """One validation error -> one sentence: where, the value, what is allowed."""
     path, value = _locate(data, error["loc"])
     *sections, key = (str(part) for part in error["loc"])
-    fields = _fields(tree.model_fields[sections[0]].annotation) if sections else tree.model_fields
+    fields = dict(tree.model_fields)
+    for section in sections:
+        fields = _fields(fields[section].annotation) if section in fields else {}
     if error["type"] == "extra_forbidden":
         moved = [f"{name}.{key}" for name, f in tree.model_fields.items() if key in _fields(f.annotation)]
         hint = f"did you mean {' or '.join(moved)}? " if moved and not sections else ""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from flowalign.flow.settings import Fitting
 from flowalign.settings import (
     Below1,
     Guard,
@@ -24,6 +25,31 @@ from flowalign.settings import (
 )
 
 Several = Annotated[int, Field(ge=2)]
+
+
+class Generator(Section):
+    """An images API in OpenAI's form that draws instead of a checkpoint, see docs/improve.md."""
+
+    url: str
+    """its address up to and with /v1, such as https://api.openai.com/v1"""
+    model: str
+    """the name of its model"""
+    key: str | None = None
+    """name of the environment variable that holds the key; null takes FLOWALIGN_UPSTREAM_KEY where that is set"""
+    size: str | None = None
+    """such as 1024x1024; null leaves it to the API"""
+    response_format: Literal["b64_json", "url"] | None = None
+    """for models that have a choice"""
+    seed_field: str | None = None
+    """name under which seeds are sent; null sends none, as most such APIs take none"""
+    hosts: tuple[str, ...] = ()
+    """from which pictures are fetched besides that of `url`, where an answer holds their address"""
+    timeout: Rate = 120.0
+    """seconds without a byte after which a request has failed"""
+    retries: Natural = 3
+    """tries after the first"""
+    parallel: Positive = 4
+    """requests under way at a time"""
 
 
 class Draw(Section):
@@ -131,8 +157,14 @@ class Hacking(Section):
 class ImproveConfig(Section):
     """A whole loop. Relative paths are relative to the working directory."""
 
-    model: Model
-    """a section with a checkpoint"""
+    fit: Literal["weights", "flow"] = "weights"
+    """what learns in a round: the model's weights, or a flow behind a generator that stays as it is"""
+    model: Model | None = None
+    """a section with a checkpoint, which draws; beside `generator` only its autoencoder and text encoders are used"""
+    generator: Generator | None = None
+    """fit=flow: an images API that draws; null draws with the model"""
+    flow: Fitting = Fitting()
+    """fit=flow: how the flow of each round is fitted and applied"""
     prompts: str | tuple[str, ...]
     """a .txt or .jsonl file of prompts, or prompts"""
     held_out: Positive | str = 32

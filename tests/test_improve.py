@@ -28,6 +28,7 @@ from flowalign.scoring.select import PICKERS
 from flowalign.setup import prepare
 
 LORA = "pytorch_lora_weights.safetensors"
+LEFT = (LORA, "field.safetensors", "chain.json", "pairs.jsonl", "comparisons.jsonl", "plan.jsonl")
 Make = Callable[..., ImproveConfig]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +71,7 @@ def left(run: Path) -> dict[str, bytes | str]:
     found: dict[str, bytes | str] = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if path.suffix == ".png" or path.name in (LORA, "pairs.jsonl", "comparisons.jsonl", "plan.jsonl"):
+        if path.suffix == ".png" or path.name in LEFT:
             found[name] = path.read_bytes()
         elif path.name in ("evaluation.json", "improve.json"):
             found[name] = path.read_text().replace(str(run), "RUN")
@@ -155,11 +156,9 @@ def test_a_latent_decodes_to_its_picture(whole: Path, loop: Make) -> None:
 STAGES = ("score_base", "measure", "draw_round", "score_round", "select_pairs", "train_round", "_evaluated")
 
 
-def test_stopped_after_every_stage_it_goes_on_as_if_it_had_not(
-    whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, done = tmp_path / "run", list[str]()
-    allowed = 0
+def stopped_after_every_stage(settings: ImproveConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a loop of two rounds that is interrupted after its first stage, its second, and so on, until it is finished."""
+    done, allowed = list[str](), 0
 
     def stopping(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def stage(*args: Any) -> Any:
@@ -175,13 +174,19 @@ def test_stopped_after_every_stage_it_goes_on_as_if_it_had_not(
         monkeypatch.setattr(verb_module(), name, stopping(name, getattr(verb_module(), name)))
     for allowed in range(1, 40):
         done.clear()
-        result = runs.improve(loop(run), resume=allowed > 1, progress=False)
+        result = runs.improve(settings, resume=allowed > 1, progress=False)
         if result["finished"]:
             break
-        assert f"flowalign improve {run} --resume" in result["summary"]
+        assert f"flowalign improve {settings.output} --resume" in result["summary"]
     assert set(done) == set(STAGES)
     assert allowed == len(done) + 1 == 14  # the base and its evaluation, then 5 and 6 stages
-    assert_equal(run, whole)
+
+
+def test_stopped_after_every_stage_it_goes_on_as_if_it_had_not(
+    whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_after_every_stage(loop(tmp_path / "run"), monkeypatch)
+    assert_equal(tmp_path / "run", whole)
 
 
 def test_a_folder_in_use_is_refused(whole: Path, loop: Make) -> None:
@@ -193,11 +198,11 @@ def verb_module() -> Any:
     return sys.modules["flowalign.runs.improvement"]
 
 
-@pytest.mark.slow
-def test_killed_at_many_instants_it_ends_as_if_it_never_was(whole: Path, loop: Make, tmp_path: Path) -> None:
-    run, kills = tmp_path / "run", 0
-    (tmp_path / "improve.yaml").write_text(config.dump(loop(run)))
-    command = [sys.executable, "-m", "flowalign", "improve", str(tmp_path / "improve.yaml"), "--resume", "--json"]
+def killed_at_many_instants(settings: ImproveConfig, path: Path) -> int:
+    """Run a loop whose process is killed, each time a little later, until it is finished; how often. path: for its YAML."""
+    kills = 0
+    path.write_text(config.dump(settings))
+    command = [sys.executable, "-m", "flowalign", "improve", str(path), "--resume", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     for patience in range(9, 150, 7):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -213,7 +218,13 @@ def test_killed_at_many_instants_it_ends_as_if_it_never_was(whole: Path, loop: M
         break
     assert kills > 0
     assert process.returncode == 0
-    assert_equal(run, whole)
+    return kills
+
+
+@pytest.mark.slow
+def test_killed_at_many_instants_it_ends_as_if_it_never_was(whole: Path, loop: Make, tmp_path: Path) -> None:
+    killed_at_many_instants(loop(tmp_path / "run"), tmp_path / "improve.yaml")
+    assert_equal(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
@@ -262,6 +273,9 @@ def test_references_potential_replay_and_stored_noise(loop: Make, tmp_path: Path
         (["calibrate.weights={style: 1}"], "is no reward here"),
         (["held_out=6"], "hold fewer out"),
         (["switches.annotator_types=2"], "switches.annotator_types"),
+        (["model=null"], "model.checkpoint is missing"),
+        (["generator={url: 'http://a/v1', model: m}"], "generator is for fit=flow; weights can only be aligned"),
+        (["flow.solve.steps=2"], "flow is for fit=flow"),
     ],
 )
 def test_what_does_not_go_together_is_refused(loop: Make, tmp_path: Path, overrides: list[str], part: str) -> None:

@@ -65,6 +65,7 @@ def _header(run: Path, about: Tree) -> str:
         "rounds": f"{len(about['rounds'])} of {about['planned']}",
         "kept": "none" if about["best"] is None else f"round {about['best']}, by {about['best_by']}",
         "base": about["checkpoint"],
+        "learns": "a flow each round, behind those before it" if about.get("fit") == "flow" else "the weights",
         "pairs by": about["selection"],
         "loss": about["objective"],
         "drawn": "ahead, by a policy one round older" if about["drawing"] == "ahead" else "by the newest policy",

@@ -93,16 +93,7 @@ def prepare_flow(config: FlowConfig, accelerator: Accelerator, *, progress: bool
     comparisons = _open(config, folder, config.data.train, ranks)
     held, (places, held_places) = _split(config, folder, comparisons, ranks)
     contexts = _contexts(config, comparisons, device)
-    resolution = config.data.resolution or space.resolution
-    if resolution is None:
-        raise ConfigError("data.resolution is missing, and the space does not say one; set it to the side of the pictures.")
-    multiple = space.factor * 2 ** (config.field.levels - 1)
-    if resolution % multiple:
-        near = max(multiple, round(resolution / multiple) * multiple)
-        raise ConfigError(
-            f"data.resolution is {resolution}; a field of {config.field.levels} levels in {space.name} needs a multiple of "
-            f"{multiple}, for example {near}, or fewer field.levels."
-        )
+    resolution, multiple = _resolution(config, space)
     settings = FieldSettings(
         (space.channels, resolution // space.factor, resolution // space.factor),
         contexts.kind,  # type: ignore[arg-type]
@@ -163,6 +154,28 @@ def prepare_flow(config: FlowConfig, accelerator: Accelerator, *, progress: bool
     return FlowParts(config, space, source, contexts, resolution, made, train, held_out, whole, material, summary)
 
 
+def check_flow(config: FlowConfig) -> None:
+    """Raise what `prepare_flow` would of space, resolution and prompts, while there are no comparisons yet."""
+    _resolution(config, open_space(config.space.kind, _autoencoder(config), "cpu"))
+    if config.context.kind == "prompt":
+        _prompts(config, torch.device("cpu"))
+
+
+def _resolution(config: FlowConfig, space: Space) -> tuple[int, int]:
+    """Side in pixels, and what it is a multiple of. Raises ConfigError."""
+    resolution = config.data.resolution or space.resolution
+    if resolution is None:
+        raise ConfigError("data.resolution is missing, and the space does not say one; set it to the side of the pictures.")
+    multiple = space.factor * 2 ** (config.field.levels - 1)
+    if resolution % multiple:
+        near = max(multiple, round(resolution / multiple) * multiple)
+        raise ConfigError(
+            f"data.resolution is {resolution}; a field of {config.field.levels} levels in {space.name} needs a multiple of "
+            f"{multiple}, for example {near}, or fewer field.levels."
+        )
+    return resolution, multiple
+
+
 def _stream(config: FlowConfig, accelerator: Accelerator, train: PairDataset) -> Any:
     def batches(position: int) -> Iterator[Batch]:
         stream = PairStream(
@@ -206,6 +219,10 @@ def _contexts(config: FlowConfig, comparisons: Comparisons, device: torch.device
         case "class":
             good, _ = scan(comparisons)
             return Classes(sorted({comparisons[place].prompt for place in good}))
+    return _prompts(config, device)
+
+
+def _prompts(config: FlowConfig, device: torch.device) -> Prompts:
     if config.model is None:
         raise ConfigError(
             "context.kind 'prompt' needs model.checkpoint, whose text encoder reads them; or set context.kind=none."

@@ -22,7 +22,7 @@ from flowalign.evaluate.judges import ImageTower, load_judges, to_pixels
 from flowalign.files import atomic, atomic_folder, write_text
 from flowalign.flow.apply import apply_folder
 from flowalign.flow.folders import TABLE, list_pictures
-from flowalign.flow.improve import Flow, load_flow
+from flowalign.flow.improve import Chain, Flow, load_flow
 from flowalign.flow.settings import FlowConfig, Solve
 from flowalign.report.flow_card import write_flow_card
 from flowalign.report.page import write_report
@@ -108,7 +108,7 @@ def _show(flow: Flow, parts: FlowParts, run: RunDir, config: FlowConfig) -> None
         Image.fromarray(fit(decode(each.images[-1].read()), flow.resolution).transpose(1, 2, 0)) for each in comparisons
     ]
     prompts = [each.prompt for each in comparisons]
-    after = flow.apply(pictures, None if flow.contexts.kind == "none" else prompts).pictures
+    after = flow.apply(pictures, prompts if flow.reads_prompts else None).pictures
     for step, shown in ((0, pictures), (config.train.steps, after)):
         write_pictures(run.samples / f"step-{step:08d}", shown, prompts, range(len(shown)), [{}] * len(shown), "flow")
 
@@ -127,14 +127,19 @@ def write_pictures(
         name = f"{place:05d}-{seed}.png"
         with atomic(folder / name) as temporary:
             picture.save(temporary, format="PNG")
-        plain = {"sampler": "given", "steps": 0, "guidance": 0.0, "height": picture.height, "width": picture.width}
-        drawn = {key: row.get(key, plain[key]) for key in SAMPLER_KEYS}
-        entry = {"file_name": name, "prompt": prompt, "seed": seed, **drawn, "generator": str(row.get("generator", generator))}
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        lines.append(table_line(name, picture, prompt, seed, row, generator))
     write_text(folder / TABLE, "".join(lines))
 
 
-def chosen_solve(flow: Flow, options: Mapping[str, Any]) -> Solve:
+def table_line(name: str, picture: Image.Image, prompt: str, seed: int, row: Mapping[str, Any], generator: str) -> str:
+    """What a table that `read_generation` reads says of one picture; `row`: what is known of how it was drawn."""
+    plain = {"sampler": "given", "steps": 0, "guidance": 0.0, "height": picture.height, "width": picture.width}
+    drawn = {key: row.get(key, plain[key]) for key in SAMPLER_KEYS}
+    entry = {"file_name": name, "prompt": prompt, "seed": seed, **drawn, "generator": str(row.get("generator", generator))}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def chosen_solve(flow: Flow | Chain, options: Mapping[str, Any]) -> Solve:
     """The flow's way of being applied, with what is not None replaced. Raises ConfigError for a value out of range."""
     given = {name: value for name, value in options.items() if value is not None}
     return configuration.parse_tree(Solve, flow.solve.model_dump(mode="json") | given, "the options")

@@ -14,6 +14,7 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.loading import LORA
 from flowalign.files import atomic
 from flowalign.flow.settings import FlowConfig
+from flowalign.improve_settings import ImproveConfig
 from flowalign.report.card import write_card
 from flowalign.report.improve import write_improve_page
 from flowalign.report.page import write_report
@@ -22,6 +23,9 @@ from flowalign.sources import cache_folder
 from flowalign.train.checkpoint import states
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import kohya
+
+IMPROVED = "improve.json"
+"""What the folder of an improvement loop holds, and no other."""
 
 
 def fresh(run: RunDir, resume: bool) -> None:
@@ -41,7 +45,10 @@ def newest(lines: Iterable[Mapping[str, float]]) -> dict[str, float]:
 def judges_of(run: str, kind: type[Config] | type[FlowConfig]) -> Path:
     """The folder of judges that a run's configuration names. Raises ConfigError where there is none."""
     path = Path(run) / "config.yaml"
-    folder = configuration.load_tree(kind, path).judges if path.is_file() else None
+    if (Path(run) / IMPROVED).is_file():
+        folder = configuration.load_tree(ImproveConfig, path).evaluate.judges
+    else:
+        folder = configuration.load_tree(kind, path).judges if path.is_file() else None
     if folder is None:
         raise ConfigError(f"no judges are given and {run} names none; add --judges FOLDER, such as samples/emoji/judges.")
     return Path(folder)
@@ -49,7 +56,7 @@ def judges_of(run: str, kind: type[Config] | type[FlowConfig]) -> Path:
 
 def report(run: Path) -> dict[str, Any]:
     """Write the run's page, and the model card beside its weights, from what its folder holds."""
-    if (run / "improve.json").is_file():
+    if (run / IMPROVED).is_file():
         path = write_improve_page(run)
         return {"report": str(path), "summary": f"report: {path}"}
     path = write_report(run)

@@ -1,4 +1,4 @@
-"""The verb that closes the circle: draw, score, calibrate, select, align and evaluate, round after round."""
+"""The verb that closes the circle: draw, score, calibrate, select, learn and evaluate, round after round."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from flowalign.device import choose_device
 from flowalign.errors import CollapseError, ConfigError, RunError
 from flowalign.evaluate.rounds import Measured, best_of, signs, told
 from flowalign.files import atomic_folder, write_text
-from flowalign.improve_settings import ImproveConfig
+from flowalign.improve_settings import Generator, ImproveConfig
 from flowalign.report.improve import write_improve_page
+from flowalign.runs.flow_rounds import open_loop
 from flowalign.runs.folders import fresh
 from flowalign.runs.measured import measure, trained_on
 from flowalign.runs.rounds import Loop, ahead, draw_round, score_base, score_round, select_pairs, train_round
 from flowalign.train.rundir import RunDir
 
-LATER = {"rounds", "hacking", "best", "output"}
+LATER = {"rounds", "hacking", "best", "output", "flow"}
 """Settings that a run may go on with other values of: they change no round that is finished."""
+ASKING = set(Generator.model_fields) - {"url", "model", "size", "seed_field"}
+"""The same of `generator`: how it is asked, not what."""
+LEARNING = {"weights": "align on", "flow": "fit a flow to"}
+KEPT = {"weights": "weights", "flow": "flows"}
 
 
 def improve(config: ImproveConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -36,11 +41,11 @@ def improve(config: ImproveConfig, *, resume: bool = False, progress: bool = Tru
     started, run = time.perf_counter(), RunDir(Path(config.output))
     fresh(run, resume)
     weights = _checked(config, run)
-    loop = Loop(config, progress)
+    loop = open_loop(config, progress)
     if not all(loop.prompts):
         raise ConfigError("prompts and held_out name the same prompts, so that none are left to train on; name others.")
     write_text(run.config, configuration.dump(config))
-    run.write_environment(choose_device(config.train.device))
+    run.write_environment(choose_device(loop.device))
     try:
         finished, stopped, rounds = _rounds(loop, weights)
     except KeyboardInterrupt:
@@ -62,8 +67,9 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
             "switches.mask and switches.annotator_types read what only given comparisons have; set them to none and 1."
         )
     if run.config.is_file():
-        old = configuration.load_tree(ImproveConfig, run.config).model_dump(mode="json", exclude=LATER)
-        new = config.model_dump(mode="json", exclude=LATER)
+        free: dict[str, Any] = dict.fromkeys(LATER, True) | {"generator": ASKING}
+        old = configuration.load_tree(ImproveConfig, run.config).model_dump(mode="json", exclude=free)
+        new = config.model_dump(mode="json", exclude=free)
         different = [name for name in new if new[name] != old[name]]
         if different:
             raise ConfigError(
@@ -82,7 +88,7 @@ def _rounds(loop: Loop, weights: Mapping[str, float]) -> tuple[bool, str | None,
 
     say(0, f"draw {len(loop.pool())} pictures with the base and score them")
     score_base(loop)
-    history = [measure(loop, loop.config.model.checkpoint, loop.base / "evaluation")]
+    history = [measure(loop, loop.policy(0), loop.base / "evaluation")]
     stopped: str | None = None
     for number in range(total):
         if number > 0:
@@ -97,7 +103,7 @@ def _rounds(loop: Loop, weights: Mapping[str, float]) -> tuple[bool, str | None,
                 raise
             stopped = f"Round {number + 1} selects no comparisons: {error}"
             break
-        say(number, f"align on {count} comparisons")
+        say(number, f"{LEARNING[loop.config.fit]} {count} comparisons")
         other = ahead(loop, number + 1)
         try:
             result = train_round(loop, number)
@@ -166,9 +172,9 @@ def _write(
         "base": told(base, base, weights, seed=loop.config.draw.seed),
         "planned": loop.config.rounds,
         "drawing": loop.config.draw.when,
-        "checkpoint": loop.config.model.checkpoint,
         "selection": loop.config.select.by,
-        "objective": loop.config.objective.name,
+        "fit": loop.config.fit,
+        **loop.about(best),
     }
     write_text(loop.folder / "improve.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write_improve_page(loop.folder)
@@ -181,7 +187,7 @@ def _keep_best(loop: Loop, rounds: Sequence[Mapping[str, Any]], stopped: str | N
         shutil.rmtree(target, ignore_errors=True)
         return
     with atomic_folder(target) as temporary:
-        shutil.copytree(loop.round(best) / "align" / "weights", temporary, dirs_exist_ok=True)
+        loop.keep(best, temporary)
 
 
 def _summary(about: Mapping[str, Any], folder: Path) -> str:
@@ -193,6 +199,6 @@ def _summary(about: Mapping[str, Any], folder: Path) -> str:
     lines.append(
         "no round is kept"
         if about["best"] is None
-        else f"best by {about['best_by']}: round {about['best']}, its weights in {folder / 'weights'}"
+        else f"best by {about['best_by']}: round {about['best']}, its {KEPT[about['fit']]} in {folder / 'weights'}"
     )
     return "\n".join([*lines, f"report: {folder / 'report.html'}"])

@@ -37,7 +37,7 @@ def measure(loop: Loop, source: str, folder: Path) -> Measured:
     rows = [Row(every[place * len(every) // count], seed) for place in range(count) for seed in seeds]
     draw(loop, source, rows, folder / "pictures")
     table, judged = folder / "scores.parquet", folder / "judges.json"
-    device = loop.config.train.device
+    device = loop.device
     if not table.is_file():
         rewards = [*loop.config.rewards, *cfg.rewards]
         score(str(folder / "pictures"), rewards, out=table, device=device, cache=loop.cache, progress=loop.progress)
@@ -67,7 +67,7 @@ def _features(loop: Loop, pictures: Sequence[Generated]) -> np.ndarray:
     """`[n, d]`."""
     if loop.config.evaluate.features == "pixels":
         return np.concatenate([to_pixels(_opened(part), SMALL).flatten(1).double().numpy() for part in _parts(pictures)])
-    tower = ImageTower(choose_device(loop.config.train.device))
+    tower = ImageTower(choose_device(loop.device))
     return np.concatenate([tower(to_pixels(_opened(part), TOWER)).double().cpu().numpy() for part in _parts(pictures)])
 
 

@@ -6,47 +6,40 @@ RUN/config.yaml  cache/  encoders.json
     rounds/00/plan.jsonl  pictures/  scores.parquet  scores-calibrated.parquet   (round 00 has the base's pictures)
               pairs.jsonl  pairs-with-margins.jsonl  selected.jsonl  comparisons.jsonl
               align/  align.json  evaluation/pictures/  scores.parquet  judges.json  evaluation.json
+Where flows are fitted, `runs.flow_rounds` says what lies there instead of align/ and align.json.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import threading
-import time
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowalign import config as configuration
 from flowalign import yaml_text
 from flowalign.data import prompts as prompt_files
-from flowalign.data.attached import Attached
-from flowalign.data.cache import LatentCache
 from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round
-from flowalign.data.images import geometry
 from flowalign.data.readers import open_comparisons
 from flowalign.data.writer import others_of, row_of, write_comparisons
-from flowalign.device import choose_device
-from flowalign.families.loading import open_family
-from flowalign.families.sampling import PRECISIONS, Drawn, SamplerSettings, write_images
+from flowalign.errors import ConfigError
 from flowalign.files import write_text
 from flowalign.improve_settings import ImproveConfig
-from flowalign.rng import key, starting_noise
+from flowalign.parent import end_with
+from flowalign.rng import key
 from flowalign.runs.calibration import calibrate
+from flowalign.runs.drawing import draw_and_keep, encoders
 from flowalign.runs.implicit import margins
 from flowalign.runs.scoring import score
 from flowalign.runs.selection import select
 from flowalign.runs.training import align
 from flowalign.scoring.table import read_table
-from flowalign.settings import Config, Data
-from flowalign.setup import load_family
+from flowalign.settings import Config, Data, Model
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,17 @@ class Loop:
 
     config: ImproveConfig
     progress: bool = True
+
+    @property
+    def model(self) -> Model:
+        """Raises ConfigError where none is named."""
+        if self.config.model is None:
+            raise ConfigError("model.checkpoint is missing: nothing draws; set it to a diffusers folder or a hub id.")
+        return self.config.model
+
+    @property
+    def device(self) -> str:
+        return self.config.train.device
 
     @property
     def folder(self) -> Path:
@@ -96,11 +100,26 @@ class Loop:
 
     def policy(self, finished: int) -> str:
         """What generates after so many finished rounds."""
-        return str(self.round(finished - 1) / "align") if finished > 0 else self.config.model.checkpoint
+        return str(self.learned(finished - 1)) if finished > 0 else self.model.checkpoint
+
+    def learned(self, number: int) -> Path:
+        """The run folder of what learned in a round."""
+        return self.round(number) / "align"
 
     def staleness(self, number: int) -> int:
         """Rounds that the policy which draws round `number` is older than the newest."""
         return min(number, 1) if self.config.draw.when == "ahead" else 0
+
+    def data(self, number: int) -> Data:
+        """What one round learns from."""
+        cfg = self.config
+        return Data(
+            train=str(self.round(number) / "comparisons.jsonl"),
+            held_out=0.0,
+            cache=str(self.cache),
+            rewards={cfg.select.score: 1.0} if cfg.select.score != "raw" else {},
+            resolution=cfg.draw.resolution,
+        )
 
     def aligning(self, number: int) -> Config:
         """The settings of one round's training."""
@@ -108,14 +127,8 @@ class Loop:
         first = number == 0
         reference = cfg.reference.model_copy(update={"kind": "auto"} if first and cfg.reference.kind == "start" else {})
         return Config(
-            model=cfg.model,
-            data=Data(
-                train=str(self.round(number) / "comparisons.jsonl"),
-                held_out=0.0,
-                cache=str(self.cache),
-                rewards={cfg.select.score: 1.0} if cfg.select.score != "raw" else {},
-                resolution=cfg.draw.resolution,
-            ),
+            model=self.model,
+            data=self.data(number),
             objective=cfg.objective,
             reference=reference,
             switches=cfg.switches,
@@ -123,59 +136,35 @@ class Loop:
             train=cfg.train.model_copy(update={"seed": key(cfg.train.seed, "round", number) % 2**31}),
             guard=cfg.guard,
             sample=cfg.sample,
-            output=str(self.round(number) / "align"),
+            output=str(self.learned(number)),
         )
+
+    def draw(self, source: str, rows: Sequence[Row], folder: Path) -> None:
+        """Draw rows into `folder` with a policy."""
+        draw_and_keep(self, source, rows, folder)
+
+    def learn(self, number: int) -> dict[str, Any]:
+        """One round's training."""
+        return align(self.aligning(number), resume=True, progress=self.progress)
+
+    def keep(self, best: int, folder: Path) -> None:
+        """Write the policy after round `best` into `folder`."""
+        shutil.copytree(self.learned(best) / "weights", folder, dirs_exist_ok=True)
+
+    def about(self, best: int | None) -> dict[str, Any]:
+        """What `improve.json` says of the base, of what learns and of what is kept."""
+        return {"checkpoint": self.policy(0), "objective": self.config.objective.name}
 
 
 def draw(loop: Loop, source: str, rows: Sequence[Row], folder: Path, stale: int = 0) -> None:
-    """Draw rows into `folder`, and what the sampler ended at into the run's cache, so that training encodes none of it."""
-    done, cfg = folder / "drawn.json", loop.config
+    """Draw rows into `folder` with a policy that is `stale` rounds old, unless that is done."""
+    done = folder / "drawn.json"
     if done.is_file():
         return
-    how = cfg.draw
-    side = how.resolution
-    settings = SamplerSettings(how.sampler, how.steps, how.guidance, side, side, how.precision)
-    family = open_family(
-        source,
-        dtype=PRECISIONS[how.precision],
-        device=choose_device(cfg.train.device),
-        revision=cfg.model.revision,
-        variant=cfg.model.variant,
-    )
-    store = LatentCache(loop.cache, **_encoders(loop), resolution=side or family.resolution, checkpoint=cfg.model.checkpoint)
-    pipeline = family.pipeline(family.denoiser)
-
-    def keep(data: bytes, each: Drawn) -> None:
-        latents, noise = each.latents.float().cpu(), each.seed if cfg.switches.noise == "stored" else None
-        beside = {} if noise is None else {"noise": starting_noise(noise, latents.shape)[0]}
-        path = store.image_path(Attached(noise=noise).digest(hashlib.sha256(data).digest()), False)
-        cut = geometry(each.picture, store.resolution)
-        store.write_image(path, latents, torch.zeros_like(latents), cut, beside)
-
     write_text(folder / "plan.jsonl", "".join(json.dumps(row.line(), ensure_ascii=False) + "\n" for row in rows))
-    write_images(
-        folder,
-        pipeline,
-        [row.prompt for row in rows],
-        [row.seed for row in rows],
-        settings,
-        weights=[row.weights for row in rows] if any(row.weights for row in rows) else None,
-        keep=keep,
-        batch_size=how.batch_size,
-        progress=loop.progress,
-    )
+    loop.draw(source, rows, folder)
     about = {"pictures": len(rows), "policy": source, "stale": stale}
     write_text(done, json.dumps(about, indent=1) + "\n")
-
-
-def _encoders(loop: Loop) -> dict[str, str]:
-    """Fingerprints of the encoders as training has them, by which entries of the cache are named."""
-    path = loop.folder / "encoders.json"
-    if not path.is_file():
-        family = load_family(loop.aligning(0), torch.device("cpu"))
-        found = {f"{kind}_fingerprint": family.fingerprint(f"{kind}s") for kind in ("image", "prompt")}
-        write_text(path, json.dumps(found, indent=1) + "\n")
-    return json.loads(path.read_text())
 
 
 def ahead(loop: Loop, number: int) -> multiprocessing.process.BaseProcess | None:
@@ -183,7 +172,7 @@ def ahead(loop: Loop, number: int) -> multiprocessing.process.BaseProcess | None
     folder = loop.round(number) / "pictures"
     if loop.config.draw.when != "ahead" or number >= loop.config.rounds or (folder / "drawn.json").is_file():
         return None
-    _encoders(loop)  # found out once, by this process
+    encoders(loop)  # found out once, by this process
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_draw_ahead, args=(configuration.dump(loop.config), number, os.getpid()), daemon=True)
     process.start()
@@ -191,12 +180,7 @@ def ahead(loop: Loop, number: int) -> multiprocessing.process.BaseProcess | None
 
 
 def _draw_ahead(settings: str, number: int, parent: int) -> None:
-    def watch() -> None:  # a process that was killed tells nobody
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with(parent)
     loop = Loop(configuration.parse_tree(ImproveConfig, yaml_text.read(settings)), progress=False)
     draw_round(loop, number)
 
@@ -209,7 +193,7 @@ def draw_round(loop: Loop, number: int) -> None:
 
 def score_base(loop: Loop) -> None:
     """What the base draws, its scores, and the calibration that all rounds share."""
-    draw(loop, loop.config.model.checkpoint, loop.pool(), loop.base / "pictures")
+    draw(loop, loop.policy(0), loop.pool(), loop.base / "pictures")
     _scored(loop, loop.base / "pictures", loop.base / "scores.parquet", loop.config.rewards)
     if not (table := loop.base / "scores-calibrated.parquet").is_file():
         cfg = loop.config.calibrate
@@ -243,7 +227,7 @@ def _combined(loop: Loop) -> dict[str, Any]:
 
 def _scored(loop: Loop, pictures: Path, out: Path, rewards: Sequence[Any]) -> None:
     if not out.is_file():
-        how = {"device": loop.config.train.device, "cache": loop.cache, "progress": loop.progress}
+        how = {"device": loop.device, "cache": loop.cache, "progress": loop.progress}
         score(str(pictures), list(rewards), out=out, **how)
 
 
@@ -300,11 +284,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_round(loop: Loop, number: int) -> dict[str, Any]:
-    """The result of aligning; `finished` is False where a signal stopped it. Raises CollapseError."""
-    path = loop.round(number) / "align.json"
+    """The result of training; `finished` is False where a signal stopped it. Raises CollapseError."""
+    path = loop.learned(number).with_suffix(".json")
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    result = align(loop.aligning(number), resume=True, progress=loop.progress)
+    result = loop.learn(number)
     if result["finished"]:
         write_text(path, json.dumps(result, indent=1) + "\n")
     return result

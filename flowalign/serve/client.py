@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,15 @@ class ImagesAPI:
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One picture for each prompt and seed, in order."""
+        drawn = dict[int, Image.Image]()
+        self.each(prompts, seeds, drawn.__setitem__)
+        return [drawn[place] for place in range(len(prompts))]
+
+    def each(self, prompts: Sequence[str], seeds: Sequence[int], keep: Callable[[int, Image.Image], None]) -> None:
+        """The same; every picture is given to `keep`, with its place, as soon as it is there, in the thread that asked for it.
+
+        So it is kept whatever becomes of the others: after a failure no more are asked for, and those under way are kept.
+        """
         try:
             import httpx
         except ImportError as error:
@@ -70,7 +79,9 @@ class ImagesAPI:
             raise DataError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
         pool = ThreadPoolExecutor(max(1, self.parallel), thread_name_prefix="images-api")
         with httpx.Client(timeout=self.timeout, follow_redirects=False) as client, pool:
-            return list(pool.map(lambda each: self._draw(client, *each), zip(prompts, seeds, strict=True)))
+            asked = enumerate(zip(prompts, seeds, strict=True))
+            for _ in pool.map(lambda each: keep(each[0], self._draw(client, *each[1])), asked):
+                pass
 
     def _draw(self, client: httpx.Client, prompt: str, seed: int) -> Image.Image:
         body: dict[str, Any] = {"model": self.model, "prompt": prompt, "n": 1}
@@ -84,7 +95,7 @@ class ImagesAPI:
         try:
             found = dict(json.loads(answer)["data"][0])
         except (ValueError, LookupError, TypeError) as error:
-            raise RunError(f"{self._host} answered no pictures ({reason(error)}); is it an images API?") from error
+            raise RunError(f"{self.host} answered no pictures ({reason(error)}); is it an images API?") from error
         return self._picture(client, found)
 
     def _picture(self, client: httpx.Client, found: Mapping[str, Any]) -> Image.Image:
@@ -92,22 +103,22 @@ class ImagesAPI:
             try:
                 data = base64.b64decode(found["b64_json"], validate=True)
             except (binascii.Error, TypeError) as error:
-                raise RunError(f"{self._host} answered with base64 that is broken ({error}); ask again.") from error
+                raise RunError(f"{self.host} answered with base64 that is broken ({error}); ask again.") from error
         elif found.get("url"):
             data = self._asked(client, "GET", self._known(str(found["url"])), {}, None)
         else:
-            raise RunError(f"{self._host} answered without b64_json and url; set response_format to one of them.")
+            raise RunError(f"{self.host} answered without b64_json and url; set response_format to one of them.")
         try:
             return decode(data)
         except DataError as error:
-            raise RunError(f"{self._host} gave a picture that cannot be read: {error}.") from error
+            raise RunError(f"{self.host} gave a picture that cannot be read: {error}.") from error
 
     def _known(self, address: str) -> str:
         """The address, if pictures may be fetched from there: an answer must not send this machine anywhere else."""
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or parts.hostname not in (urlsplit(self.url).hostname, *self.hosts):
             raise RunError(
-                f"{self._host} answered with the address of a picture at {parts.hostname!r}, which is not among the hosts to "
+                f"{self.host} answered with the address of a picture at {parts.hostname!r}, which is not among the hosts to "
                 "fetch from; add it to hosts, or set response_format=b64_json."
             )
         return address
@@ -127,19 +138,20 @@ class ImagesAPI:
                     return data
                 said = f"{answer.status_code}: {_message(data)}"
                 if answer.status_code not in AGAIN or left == 0:
-                    raise RunError(f"{self._host} refused ({said}); check the key, the model and the request.")
+                    raise RunError(f"{self.host} refused ({said}); check the key, the model and the request.")
                 wait = _after(answer.headers.get("retry-after"), wait)
             except httpx.HTTPError as error:
                 if left == 0:
                     raise RunError(
-                        f"{self._host} did not answer in {self.retries + 1} tries ({type(error).__name__}: {reason(error)}); "
+                        f"{self.host} did not answer in {self.retries + 1} tries ({type(error).__name__}: {reason(error)}); "
                         "check that it is up."
                     ) from error
             time.sleep(wait)
-        raise RunError(f"{self._host} was not asked: retries is {self.retries}; it must be 0 or more.")
+        raise RunError(f"{self.host} was not asked: retries is {self.retries}; it must be 0 or more.")
 
     @property
-    def _host(self) -> str:
+    def host(self) -> str:
+        """Scheme, host and port of `url`: never what may be secret in it."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 

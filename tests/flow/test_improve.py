@@ -18,7 +18,7 @@ from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.flow.apply import apply_folder, identity
 from flowalign.flow.domain import Domain
 from flowalign.flow.folders import list_pictures
-from flowalign.flow.improve import Flow, load_flow
+from flowalign.flow.improve import CHAIN, Chain, Flow, load_flow, write_chain
 from flowalign.flow.settings import Solve
 from flowalign.flow.wrap import Folder, Function, Pipeline
 
@@ -167,6 +167,35 @@ def test_a_loaded_flow_is_the_saved_one(flow: Flow, tmp_path: Path) -> None:
     about["flow"]["space"]["fingerprint"] = "another"
     (tmp_path / "field.json").write_text(json.dumps(about))
     with pytest.raises(CheckpointError, match=r"the autoencoder that .* was trained with has changed"):
+        load_flow(tmp_path)
+
+
+def test_a_chain_goes_on_where_the_flow_before_led(flow_run: Path, tmp_path: Path) -> None:
+    write_chain(tmp_path, [flow_run, flow_run])
+    chain = load_flow(tmp_path)
+    assert isinstance(chain, Chain)
+    first, second = chain.flows
+    assert first.space is second.space  # loaded once
+    assert first.contexts is second.contexts
+    assert len({identity(each) for each in (first, chain, Chain((first,)))}) == 3
+    given, told = [picture(0), Image.new("RGB", (16, 16), "white")], ["a thing", "a thing"]
+    one = first.apply(given, told)
+    both, limits = [one, second.apply(one.pictures, told)], (one.limit or 0.0)
+    found = chain.apply(given, told)
+    assert all((a == b).all() for a, b in zip(pixels(found.pictures), pixels(both[1].pictures), strict=True))
+    assert found.strength == [min(pair) for pair in zip(*(each.strength for each in both), strict=True)]
+    assert found.distance == [max(pair) / limits for pair in zip(*(each.distance for each in both), strict=True)]
+    assert (found.limit, found.evaluations) == (1.0, sum(each.evaluations for each in both))
+    with pytest.raises(DataError, match="give one prompt for each picture"):
+        chain.apply(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "cannot be read"), ('{"flows": []}', "names no flow"), ('{"flows": ["no"]}', "holds no field")]
+)
+def test_a_chain_that_is_broken_is_one_sentence(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / CHAIN).write_text(text)
+    with pytest.raises(CheckpointError, match=says):
         load_flow(tmp_path)
 
 
