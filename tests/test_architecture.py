@@ -28,7 +28,8 @@ LIGHT = (
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip", "timm"}
 
 LAYERS = (
-    ("errors", "files", "yaml_text", "settings", "improve_settings", "config", "plugins", "catalog", "heap"),
+    ("errors", "files", "heap", "parent", "yaml_text"),
+    ("settings", "flow.settings", "improve_settings", "config", "plugins", "catalog"),
     ("rng", "align.terms", "align.objectives", "scoring.calibrate", "flow.path"),
     ("data",),
     ("families", "scoring.rewards", "flow.field"),
