@@ -28,8 +28,10 @@ LIGHT = (
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "datasets", "open_clip", "timm"}
 
 LAYERS = (
-    ("errors", "files", "heap", "parent", "yaml_text"),
-    ("settings", "flow.settings", "improve_settings", "config", "plugins", "catalog"),
+    (
+        *("errors", "files", "heap", "parent", "yaml_text", "config", "plugins", "catalog"),
+        *("settings", "flow.settings", "improve_settings"),
+    ),
     ("rng", "align.terms", "align.objectives", "scoring.calibrate", "flow.path"),
     ("data",),
     ("families", "scoring.rewards", "flow.field"),
