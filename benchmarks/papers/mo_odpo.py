@@ -1,6 +1,6 @@
 """MO-ODPO (Gupta et al. 2025, arXiv 2503.00295) on the emoji, its offline form: one policy for all weights of its rewards.
 
-    python -m benchmarks.papers.mo_odpo [--work runs/mo_odpo] [--pool runs/capo] [--seeds 0 1 2] [--quick]
+    python -m benchmarks.papers.mo_odpo [--work runs/mo_odpo] [--pool runs/capo] [--seeds 0 1 2] [--full] [--quick]
 
 The pool is tiny-sd's own pictures of train prompts with the calibrated rewards of `benchmarks.papers.capo`, of which two count:
 does a picture show its caption, and is it Fluent; then all three, the last of which is colour. For each prompt weights
@@ -13,7 +13,8 @@ w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against t
     oracle     a model for each w, dpo on the pairs that w chooses
 
 Held-out captions are drawn under 11 w, 10 of three rewards, and judged by judges that are no rewards, and colour by its
-formula. `words`, and three rewards, are run for the first seed only. What is finished in --work is kept.
+formula. Steered with α 1, soups, mixed and RiC are run for all seeds, the other arms and three rewards for the first, and all
+of them for each with --full. What is finished in --work is kept.
 """
 
 from __future__ import annotations
@@ -205,28 +206,29 @@ class Bench:
         return found
 
 
-def measure(bench: Bench, seeds: Sequence[int]) -> Tree:
+def measure(bench: Bench, seeds: Sequence[int], full: bool) -> Tree:
     """Scores of every arm of two rewards, `[seeds, M, n, 2]`; of the oracle the M are 0, ORACLES and 1."""
     arms: dict[str, list[Any]] = {}
     base = bench.base()
     for place, seed in enumerate(seeds):
-        for alpha in ALPHAS:
+        whole = full or place == 0
+        for alpha in ALPHAS if whole else (1.0,):
             arms.setdefault(f"steered, α {alpha:g}", []).append(bench.policy(f"steered-{alpha:g}", alpha, seed))
         arms.setdefault("soups", []).append(bench.soups(seed))
         arms.setdefault("mixed", []).append(bench.mixed(seed))
         arms.setdefault("RiC", []).append(bench.in_context(seed))
-        arms.setdefault("oracle", []).append(bench.oracle((0.0, *ORACLES, 1.0), seed))
-        if place == 0:
-            arms["words, α 1"] = [bench.policy("words-1", 1.0, seed, "prompt")]
+        if whole:
+            arms.setdefault("oracle", []).append(bench.oracle((0.0, *ORACLES, 1.0), seed))
+            arms.setdefault("words, α 1", []).append(bench.policy("words-1", 1.0, seed, "prompt"))
     return told(bench, base, arms)
 
 
-def measure_three(bench: Bench, seed: int) -> Tree:
+def measure_three(bench: Bench, seeds: Sequence[int]) -> Tree:
     arms = {
-        "steered, α 1": [bench.policy("steered-1", 1.0, seed)],
-        "soups": [bench.soups(seed)],
-        "mixed": [bench.mixed(seed)],
-        "RiC": [bench.in_context(seed)],
+        "steered, α 1": [bench.policy("steered-1", 1.0, seed) for seed in seeds],
+        "soups": [bench.soups(seed) for seed in seeds],
+        "mixed": [bench.mixed(seed) for seed in seeds],
+        "RiC": [bench.in_context(seed) for seed in seeds],
     }
     return told(bench, bench.base(), arms)
 
@@ -253,7 +255,14 @@ def page(found: Tree) -> list[str]:
     base = np.array(found["base"])
     measures = [capo.MEASURES[name] for name in found["rewards"]]
     start = ((base - base.mean(0)) / base.std(0)).min(0)
-    head = [*(f"{name}, w 0 → 1" for name in measures), *(f"ρ {name}" for name in measures), "w·s", "hypervolume", "over soups"]
+    head = [
+        "seeds",
+        *(f"{name}, w 0 → 1" for name in measures),
+        *(f"ρ {name}" for name in measures),
+        "w·s",
+        "hypervolume",
+        "over soups",
+    ]
     lines = [f"| arm | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for name, scores in found["arms"].items():
         values, asked = scaled(base, scores), weights_of(name, found)
@@ -264,10 +273,10 @@ def page(found: Tree) -> list[str]:
         soups = scaled(base, found["arms"]["soups"][: len(scores)])  # of the same seeds
         gain = "" if name == "soups" else _interval(against(soups, values, prompts, start).hypervolume, "+")
         steer = [_interval(each) for each in figures.steerability]
-        shown = [*ends, *steer, _interval(figures.mean_inner_product), _interval(figures.hypervolume), gain]
+        shown = [str(len(scores)), *ends, *steer, _interval(figures.mean_inner_product), _interval(figures.hypervolume), gain]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     means = ", ".join(f"{name} {value:.3f}" for name, value in zip(measures, base.mean(0), strict=True))
-    return [*lines, "", f"The base: {means}. Seeds: {len(found['arms']['soups'])}; held-out captions: {len(base)}."]
+    return [*lines, "", f"The base: {means}. Held-out captions: {len(base)}."]
 
 
 def _interval(found: Any, sign: str = "") -> str:
@@ -279,8 +288,9 @@ def main() -> None:
     size, degree = dict(prompts=96, draws=8, steps=100, captions=32), 10
     if options.quick:
         size, degree = dict(prompts=4, draws=4, steps=2, captions=3), 2
-    two = measure(Bench(options.work, options.pool, size, capo.NAMES[:2], degree), options.seeds)
-    three = measure_three(Bench(options.work / "three", options.pool, size, capo.NAMES, min(degree, 3)), options.seeds[0])
+    two = measure(Bench(options.work, options.pool, size, capo.NAMES[:2], degree), options.seeds, options.full)
+    seeds = options.seeds if options.full else options.seeds[:1]
+    three = measure_three(Bench(options.work / "three", options.pool, size, capo.NAMES, min(degree, 3)), seeds)
     lines = ["Two rewards:", "", *page(two), "", "Three rewards:", "", *page(three)]
     publish(PAGE, "mo_odpo", lines, {"two": two, "three": three}, quick=options.quick)
 
@@ -289,6 +299,7 @@ def parser() -> argparse.ArgumentParser:
     made = options_of(__doc__, "runs/mo_odpo")
     made.add_argument("--pool", type=Path, default=Path("runs/capo"), help="where the scored pictures are, or will be")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--full", action="store_true", help="every arm for every seed")
     return made
 
 
