@@ -50,6 +50,7 @@ def add(command: Command) -> None:
     select.add_argument("--objectives", nargs="+", default=[], metavar="REWARD", help="steered: rewards to weigh (all)")
     select.add_argument("--alpha", type=scale, default=1.0, help="steered: weights are Dirichlet of so much each (%(default)s)")
     select.add_argument("--draws", type=positive, default=4, metavar="N", help="steered: weights a prompt (%(default)s)")
+    select.add_argument("--plan", type=Path, metavar="FILE", help="steered: weights as drawn by, a plan.jsonl of improve")
     select.add_argument("--temperature", type=scale, default=0.5, metavar="B", help="of rso, in the score's unit (%(default)s)")
     select.add_argument("--labels", choices=("votes", "rates", "mixture"), default="votes", help="%(choices)s (%(default)s)")
     select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random, rso and steered (%(default)s)")
@@ -86,7 +87,7 @@ def _select(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
     names = ("by", "out", "score", "most", "least", "ties", "tie_width", "weights", "ratio", "potential_weight")
-    own = ("objectives", "alpha", "draws", "temperature", "labels", "seed")
+    own = ("objectives", "alpha", "draws", "plan", "temperature", "labels", "seed")
     return runs.select(options.source, **{name: getattr(options, name) for name in (*names, *own)})
 
 

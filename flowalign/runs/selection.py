@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import numpy as np
 
 from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import others_of, row_of, write_comparisons
-from flowalign.errors import ConfigError, RunError, allowed
+from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
 from flowalign.scoring.comparisons import TIES, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
 from flowalign.scoring.select import PICKERS, TEMPERATURE
 from flowalign.scoring.steered import STEERED, steered
-from flowalign.scoring.table import is_table, read_table
+from flowalign.scoring.table import ScoreTable, is_table, read_table
 
 BY = tuple(dict.fromkeys((*PICKERS, STEERED, *ORDERS)))
 WEIGHTS = ("even", "histogram")
@@ -40,6 +41,7 @@ def select(
     objectives: Sequence[str] = (),
     alpha: float = 1.0,
     draws: int = 4,
+    plan: Path | None = None,
     temperature: float = TEMPERATURE,
     labels: str = "votes",
     seed: int = 0,
@@ -47,12 +49,12 @@ def select(
     """Write comparisons that `align` reads: pairs of a score table, or the most telling ones of a file of comparisons.
 
     source: a table, and `by` one of `select.PICKERS`, "explicit" for the widest of best_worst, or "steered", whose rewards and
-    weights `objectives`, `alpha` and `draws` set, see `scoring.steered.steered`; or comparisons, and `by` one
-    of `order.ORDERS`. score, most, least, ties, tie_width: see `scoring.comparisons.pick`. weights: "histogram" lets pairs with
-    rare gaps count more. ratio: share of the comparisons that is kept, the first by the order; None is 0.4 where `by` is
-    an order, else all. potential_weight: w of the alignment potential. temperature: β of rso. labels: votes, or rates
-    (`scoring.comparisons.select`), or mixture (`scoring.steered.steered`). Raises UserError, and RunError where nothing is
-    left.
+    weights `objectives`, `alpha` and `draws` set, see `scoring.steered.steered`, or `plan`, a file of what was drawn under
+    which weights, as improve writes it; or comparisons, and `by` one of `order.ORDERS`. score, most, least, ties, tie_width:
+    see `scoring.comparisons.pick`. weights: "histogram" lets pairs with rare gaps count more. ratio: share of the comparisons
+    that is kept, the first by the order; None is 0.4 where `by` is an order, else all. potential_weight: w of the alignment
+    potential. temperature: β of rso. labels: votes, or rates (`scoring.comparisons.select`), or mixture
+    (`scoring.steered.steered`). Raises UserError, and RunError where nothing is left.
     """
     for what, value, choices in (("by", by, BY), ("ties", ties, TIES), ("weights", weights, WEIGHTS)):
         if value not in choices:
@@ -70,7 +72,9 @@ def select(
         if temperature <= 0:
             raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
-            found = steered(table, objectives, alpha=alpha, draws=draws, least=least, labels=labels, seed=seed)
+            under = None if plan is None else _planned(plan, table)
+            how = {"alpha": alpha, "draws": draws, "under": under, "least": least, "labels": labels, "seed": seed}
+            found = steered(table, objectives, **how)  # type: ignore[arg-type]
             rows = rows_of(table, found, "combined" if "combined" in table.data.column_names else table.rewards[0])
         else:
             how = {"least": least, "ties": ties, "tie_width": tie_width, "seed": seed}
@@ -97,6 +101,25 @@ def select(
     bad = f"; {counts['bad_rows']} rows could not be used" if counts.get("bad_rows") else ""
     said = f"{count} {of} of {prompts} prompts in {out}{bad}"
     return {"out": str(out), "count": count, "prompts": prompts, **counts, "summary": said}
+
+
+def _planned(path: Path, table: ScoreTable) -> list[Mapping[str, float]]:
+    """Weights of each row of the table by a plan's. Raises DataError for a row that the plan lacks or has no weights for."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        known = {(row["prompt"], row["seed"]): row.get("weights") for row in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = f"{path} is not a plan of pictures ({reason(error)})"
+        raise DataError(f"{said}; name a plan.jsonl of flowalign improve.") from error
+    found, seeds = [], table.texts("seed") if "seed" in table.data.column_names else [None] * len(table)
+    for prompt, seed in zip(table.texts("prompt"), seeds, strict=True):
+        if not known.get((prompt, seed)):
+            raise DataError(
+                f"{path} has no weights for the picture of {prompt!r} and seed {seed}; take the plan that it was drawn by, or "
+                "leave it out to draw weights."
+            )
+        found.append(known[prompt, seed])
+    return found
 
 
 def _ordered(

@@ -150,7 +150,10 @@ def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dic
         row["margin"] = each.gap
         label = 0.5 if each.tie else each.label
         row |= {"preference": label} if label is not None else {}
-        row |= {"objective_weights": dict(each.weights)} if each.weights is not None else {}
+        if each.weights is not None:
+            row["objective_weights"] = dict(each.weights)
+            if score == "combined":  # what is one number for all rewards is so under the pair's own weights
+                row["scores"]["combined"] = sum(weight * two[name] for name, weight in each.weights.items()).tolist()
         for name, column_ in made.items():
             if None not in (found := [column_[place] for place in places]):
                 row[name] = found

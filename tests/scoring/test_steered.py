@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from flowalign.align.objectives.dpo import dpo
 from flowalign.align.terms import Terms
 from flowalign.data.readers import open_comparisons
 from flowalign.errors import ConfigError, DataError
+from flowalign.scoring.comparisons import rows_of
 from flowalign.scoring.steered import drawn_weights, steered
 from flowalign.scoring.table import ScoreTable
 from tests.scoring.pixels import encoded, picture
@@ -99,6 +101,17 @@ def test_labels_that_a_way_of_picking_does_not_have_are_refused(
     assert f"labels are '{labels}'" in capsys.readouterr().err
 
 
+def test_a_pairs_one_score_is_that_of_its_weights() -> None:
+    scores = table().having({"combined": np.linspace(0, 1, len(PROMPTS))})
+    for pair, row in zip(found := steered(scores, draws=2), rows_of(scores, found, "combined"), strict=True):
+        better, worse = row["scores"]["combined"]
+        assert better - worse == pytest.approx(pair.gap)
+        assert pair.weights is not None
+        assert better == pytest.approx(sum(w * row["scores"][name][0] for name, w in pair.weights.items()))
+    (plain,) = rows_of(scores, [replace(found[0], weights=None)], "combined")
+    assert plain["scores"]["combined"] == scores.numbers("combined")[[found[0].better, found[0].worse]].tolist()
+
+
 def test_corners_are_the_best_and_worst_of_one_reward() -> None:
     scores = table()
     for pair in steered(scores, ("clip", "size"), alpha=1e-3, draws=8):
@@ -119,6 +132,31 @@ def test_weights_are_drawn_from_the_dirichlet(alpha: float) -> None:
     from scipy.stats import beta
 
     assert kstest(drawn[:, 0], beta(alpha, 2 * alpha).cdf).pvalue > 1e-3  # each is a Beta's
+
+
+def test_pictures_drawn_under_weights_are_judged_by_the_same_and_no_others() -> None:
+    scores = table()
+    told = [{"clip": 0.9, "size": 0.1}, {"clip": 0.1, "size": 0.9}]
+    under = [told[row % 2] for row in range(len(PROMPTS))]
+    found = steered(scores, ("clip", "size"), under=under)
+    values = {name: scores.numbers(f"calibrated.{name}") for name in ("clip", "size")}
+    expected = []
+    for number in range(5):
+        for side in (0, 1):
+            total = {
+                row: sum(told[side][name] * values[name][row] for name in values)
+                for row in range(4 * number + side, 4 * number + 4, 2)
+            }
+            expected.append((max(total, key=total.get), min(total, key=total.get), told[side]))  # type: ignore[arg-type]
+    assert [(pair.better, pair.worse) for pair in found] == [each[:2] for each in expected]
+    assert [pair.weights for pair in found] == [pytest.approx(each[2]) for each in expected]
+
+    turned = steered(scores, ("clip", "size"), under=[told[1 - row % 2] for row in range(len(PROMPTS))])
+    both = [{(pair.better, pair.worse) for pair in each} for each in (found, turned)]
+    assert any((worse, better) in both[1] for better, worse in both[0])  # the same pictures, the other way round
+    assert steered(scores, ("clip", "size"), under=[told[0]] * len(PROMPTS), least=10.0) == []
+    with pytest.raises(DataError, match="weighs 'style', no objective"):
+        steered(scores, ("clip", "size"), under=[{"style": 1.0}] * len(PROMPTS))
 
 
 def test_weights_belong_to_seed_prompt_and_draw() -> None:
@@ -157,3 +195,17 @@ def test_the_command_writes_comparisons_that_hold_their_weights(tmp_path: Path, 
         assert comparison.objective_weights == pytest.approx(dict(pair.weights or {}))
         assert [Path(image.name).name for image in comparison.images] == [f"{pair.better}.png", f"{pair.worse}.png"]
         assert comparison.margin == pytest.approx(pair.gap)
+
+    rows = [{"prompt": prompt, "seed": row, "weights": {"clip": 0.2, "style": 0.8}} for row, prompt in enumerate(PROMPTS)]
+    (tmp_path / "plan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--by", "steered", "--objectives", "clip", "style", "--plan", str(tmp_path / "plan.jsonl")]
+    command = ["select", str(tmp_path / "table.parquet"), *words, "--out", str(tmp_path / "planned.jsonl")]
+    assert cli.main(command) == 0
+    planned = list(open_comparisons(tmp_path / "planned.jsonl"))
+    assert len(planned) == 5
+    for comparison in planned:
+        assert comparison.objective_weights == pytest.approx({"clip": 0.2, "style": 0.8})
+    for text, what in (("", "has no weights for the picture of 'thing 0' and seed 0"), ("{", "is not a plan of pictures")):
+        (tmp_path / "plan.jsonl").write_text(text)
+        assert cli.main(command) == 2
+        assert what in capsys.readouterr().err
