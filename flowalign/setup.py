@@ -111,11 +111,17 @@ class Prepared:
         return iter(pair_stream(self.config, self.accelerator, self.train, position))
 
     def first_batch(self) -> Batch:
-        """For nobody, where a user is taken in, see `at_start`."""
-        batch, users = next(self.batches(0)), self.config.users
-        if users is None or users.known is None or batch.objective_weights is None:
+        """Told nothing, where a policy goes on from an earlier run, see `at_start`."""
+        batch = next(self.batches(0))
+        if not self._goes_on or batch.objective_weights is None:
             return batch
         return replace(batch, objective_weights=torch.zeros_like(batch.objective_weights))
+
+    @property
+    def _goes_on(self) -> bool:
+        """The policy is not the model before its first step: an earlier run's, or one that a user is taken in by."""
+        users = self.config.users
+        return self.config.trainable.start is not None or (users is not None and users.known is not None)
 
     @property
     def full_step(self) -> PreferenceStep | MixtureStep:
@@ -126,15 +132,12 @@ class Prepared:
     def at_start(self) -> PreferenceStep | MixtureStep:
         """The same held against the model that the policy starts as, which is not what several references say.
 
-        Where it starts from an earlier run, that is the policy itself: its margin to the model it once came from is not 0.
-        Where a user is taken in, that is what the policy draws for nobody.
+        Where it starts from an earlier run, that is the policy itself, told nothing: its margin to the model it once came from
+        is not 0. Where a user is taken in, that is what the policy draws for nobody.
         """
-        if self.config.trainable.start is not None:
-            return replace(self, step=replace(self.step, reference=self.policy, bank=None)).full_step
-        several, users = self.config.reference.kind == "merged", self.config.users
-        if users is not None and users.known is not None:
-            return replace(self.step, reference=by_part(self.policy)[0], bank=None)
-        step = replace(self.step, reference=self.family.denoiser, bank=None) if several else self.step
+        step, several = self.step, self.config.reference.kind == "merged"
+        if self._goes_on or several:
+            step = replace(step, reference=by_part(self.policy)[0] if self._goes_on else self.family.denoiser, bank=None)
         return replace(self, step=step).full_step
 
 
@@ -246,7 +249,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     }
     if config.steer is not None:
         about["steer"] = config.steer.model_dump(mode="json")
-    begins = None if config.trainable.start is None else read_start(config.trainable, config.model, family)
+    begins = None if config.trainable.start is None else read_start(config.trainable, config.model, family, config.steer)
     about["start"] = None if begins is None else begins.fingerprint
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
@@ -306,7 +309,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if begins is not None:
         begins.into(policy)
     width = next(sequential(train, 1)).conditioning.tensors[CONTEXT].shape[-1]
-    policy = steered_policy(policy, config.steer, width, config.train.seed)
+    policy = steered_policy(policy, config.steer, width, config.train.seed, None if begins is None else begins.steer)
     policy = personal_policy(policy, config.users, train.users, family, width, config.train.seed)
     policy.to(memory_format=layout)
     moving = None

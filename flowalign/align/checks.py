@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowalign.align.carried import Carried, loss_at_start
-from flowalign.align.reference import MOVING
+from flowalign.align.reference import BEGINNING, MOVING
 from flowalign.align.switches import reads
 from flowalign.align.terms import Objective, Terms
 from flowalign.data.cached import Cached
@@ -129,11 +129,6 @@ def _start(facts: Facts) -> Iterator[str]:
             f"trainable.start {config.trainable.start} holds one policy, but switches.annotator_types "
             f"{config.switches.annotator_types} trains one for each type; set trainable.start=null."
         )
-    elif config.steer is not None:
-        yield (
-            f"trainable.start {config.trainable.start} gives weights to begin at, and what steers a policy begins anew; set "
-            "steer=null, or trainable.start=null."
-        )
     elif config.reference.kind == "start" and not facts.anchored:
         yield f"reference.kind 'start' is a reference, but objective.name {facts.name!r} needs none; set reference.kind=auto."
 
@@ -164,8 +159,9 @@ def _steer(facts: Facts) -> Iterator[str]:
         return
     said = f"steer makes one policy of {len(steer.objectives)} objectives"
     reference, types = config.reference.kind, config.switches.annotator_types
+    like = "is like it" if reference == "start" else "follows it"
     refused = {
-        f"reference.kind {reference!r} follows it, and it is held against a model that is told no weights": reference in MOVING,
+        f"reference.kind {reference!r} {like}, and it is held against a model that is told no weights": reference in BEGINNING,
         f"switches.annotator_types {types} trains several": types > 1,
         "train.compile compiles a denoiser that is called by itself": config.train.compile and steer.form == "tokens",
         "steer.form 'prompt' says the same of all pictures of a comparison, and steer.condition 'scores' of each its own": (

@@ -5,7 +5,7 @@ MO-ODPO, Gupta et al. 2025, arXiv 2503.00295, see docs/steer.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,12 +40,17 @@ class Steered(nn.Module):
         return family.predict(self.denoiser, x_t, t, conditioning.joined(CONTEXT, tokens))
 
 
-def steered_policy(policy: nn.Module, steer: Steer | None, width: int, seed: int) -> nn.Module:
-    """A policy that is ready to train, as the settings steer it. width: D of the prompt's tokens."""
+def steered_policy(
+    policy: nn.Module, steer: Steer | None, width: int, seed: int, learned: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A policy that is ready to train, as the settings steer it. width: D of the prompt's tokens. learned: what the network
+    holds already; nothing begins it anew."""
     if steer is None or steer.form == "prompt":
         return policy
-    device = next(policy.parameters()).device
-    return Steered(policy, shift_for(steer, width, key(seed, "steer")).to(device))
+    device, shift = next(policy.parameters()).device, shift_for(steer, width, key(seed, "steer"))
+    if learned:
+        shift.load_state_dict(learned)
+    return Steered(policy, shift.to(device))
 
 
 def contrast_of(steer: Steer | None) -> float:

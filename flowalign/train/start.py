@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.families.base import Family
 from flowalign.families.loading import FAILURES, LORA, digest, find_lora
-from flowalign.settings import Model, Trainable
+from flowalign.families.steer import STEER, load_steering
+from flowalign.settings import Model, Steer, Trainable
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Start:
     tensors: Mapping[str, Tensor]
     """float32; none where only the settings were read."""
     fingerprint: str
+    steer: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the network holds that steers the policy; none where there is none, or where it begins anew."""
 
     @torch.no_grad()
     def into(self, policy: nn.Module) -> None:
@@ -53,11 +56,39 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def read_start(trainable: Trainable, model: Model, family: Family, *, weights: bool = True) -> Start:
-    """What `trainable.start` names, for a policy of `family`; without `weights` no whole model is read.
+def read_start(
+    trainable: Trainable, model: Model, family: Family, steer: Steer | None = None, *, weights: bool = True
+) -> Start:
+    """What `trainable.start` names, for a policy of `family` that is steered so; without `weights` no whole model is read.
 
-    Raises ConfigError for a run of another kind, scale or model, CheckpointError for what cannot be read.
+    Raises ConfigError for a run of another kind, scale or model, or steered otherwise, CheckpointError for what cannot be read.
     """
+    found = _read(trainable, model, family, weights)
+    told = _steering(found.source, steer)
+    if not told:
+        return found
+    prints = {name: _digest(each) for name, each in sorted(told.items())}
+    return replace(found, steer=told, fingerprint=digest(found.fingerprint, prints))
+
+
+def _steering(source: str, steer: Steer | None) -> Mapping[str, Tensor]:
+    """What an earlier run's network holds for a policy that is steered so; nothing where either is not."""
+    folder = Path(source).expanduser()
+    if steer is None or not any((each / STEER).is_file() for each in (folder, folder / "weights")):
+        return {}
+    found = load_steering(source)
+    theirs, ours = (each.model_dump(exclude={"dropout"}) for each in (found.settings, steer))
+    different = [name for name in ours if ours[name] != theirs[name]]
+    if different:
+        name = different[0]
+        raise ConfigError(
+            f"trainable.start {source} was steered with {name} {theirs[name]!r} and steer.{name} is {ours[name]!r}; set what "
+            "it was trained with, or trainable.start=null."
+        )
+    return {} if found.shift is None else found.shift.state_dict()
+
+
+def _read(trainable: Trainable, model: Model, family: Family, weights: bool) -> Start:
     source = str(trainable.start)
     run = find_lora(source)
     if (run is None) is (trainable.kind == "lora"):

@@ -365,6 +365,7 @@ def test_the_plan_counts_the_network(settings: Callable[..., Config], data: Any,
     [
         ("reference.kind=ema", "but reference.kind 'ema' follows it, and it is held against a model that is told no weights"),
         ("reference.kind=refresh", "'refresh' follows it"),
+        ("reference.kind=start trainable.start=x", "'start' is like it, and it is held against a model"),
         ("switches.annotator_types=2", "switches.annotator_types 2 trains several"),
         ("train.compile=true", "train.compile compiles a denoiser that is called by itself"),
         ("train.seed=1", "and 2 comparisons have no objective_weights to say what they hold under"),
@@ -373,7 +374,7 @@ def test_the_plan_counts_the_network(settings: Callable[..., Config], data: Any,
 def test_what_does_not_go_together_is_refused(
     settings: Callable[..., Config], tmp_path: Path, override: str, what: str
 ) -> None:
-    config = settings(tmp_path, STEER_BY, override)
+    config = settings(tmp_path, STEER_BY, *override.split())
     objective, knobs = load_objective(config)
     family: Any = None  # which these rules do not look at
     weights = np.array([[np.nan] * 2, [0.5, 0.5], [np.nan] * 2], np.float32)
