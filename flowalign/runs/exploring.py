@@ -1,4 +1,4 @@
-"""The verb that shows what a steered run draws under any weights, on a page of this machine."""
+"""The verb that shows what a steered run draws under any weights or for any scores, on a page of this machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def explore(
     from flowalign.families.sampling import PRECISIONS, SamplerSettings, sample
     from flowalign.families.steer import load_steering, steered
 
-    objectives = load_steering(run).settings.objectives
+    steer = load_steering(run).settings
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
     listening = process.listen(HOST, port)  # before models are loaded: what is taken is said at once
     try:
@@ -56,7 +56,8 @@ def explore(
             found = sample(pipeline, prompts, seeds, settings, weights=weights, batch_size=batch_size, progress=False)
             return [picture.convert("RGB") for _, picture in found]
 
-        about = exploring.Explored(Path(run).resolve().name, objectives, _first_prompt(Path(run)) if prompt is None else prompt)
+        first = _first_prompt(Path(run)) if prompt is None else prompt
+        about = exploring.Explored(Path(run).resolve().name, steer.objectives, first, steer.condition)
         access = accesses.Access(hosts=accesses.own_hosts(HOST, None, allow_public=False))
         service = exploring.make_explorer(about, draw, access, Limits(batch=batch_size))
         address = process.address(listening)

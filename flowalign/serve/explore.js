@@ -1,20 +1,22 @@
 "use strict";
 const prompt = document.getElementById("prompt"), seed = document.getElementById("seed");
 const says = document.getElementById("says");
+const told = document.getElementById("controls").dataset.told;
 const sliders = [...document.querySelectorAll(".slider input")];
 const pictures = [...document.querySelectorAll(".pictures img")];
 
-function shares() {
+// Weights sum to 1; scores stand each for itself.
+function asked() {
   const values = sliders.map(slider => Number(slider.value));
   const total = values.reduce((sum, value) => sum + value, 0);
-  return total ? values.map(value => value / total) : null;
+  return total ? values.map(value => value / (told === "scores" ? 100 : total)) : null;
 }
 
 function address(picture) {
-  const asked = new URLSearchParams({prompt: prompt.value, seed: String(first() + Number(picture.dataset.offset))});
-  const weights = picture.dataset.side === "steered" ? shares() : null;
-  for (const weight of weights ?? []) asked.append("w", weight.toFixed(3));
-  return "/picture?" + asked;
+  const query = new URLSearchParams({prompt: prompt.value, seed: String(first() + Number(picture.dataset.offset))});
+  const values = picture.dataset.side === "steered" ? asked() : null;
+  for (const value of values ?? []) query.append("w", value.toFixed(3));
+  return "/picture?" + query;
 }
 
 function first() {
@@ -32,19 +34,20 @@ function ask(picture) {
 }
 
 function update() {
-  const weights = shares();
+  const values = asked();
   sliders.forEach((slider, place) => {
-    slider.previousElementSibling.value = weights ? weights[place].toFixed(2) : "none";
+    slider.previousElementSibling.value = values ? values[place].toFixed(2) : "none";
   });
   if (!prompt.value.trim()) { says.textContent = "Write a prompt."; return; }
-  says.textContent = weights ? "" : "All sliders are at 0: drawn without weights.";
+  says.textContent = values ? "" : `All sliders are at 0: drawn without ${told}.`;
   pictures.forEach(ask);
 }
 
 for (const picture of pictures) {
   picture.addEventListener("load", () => {
     picture.dataset.shown = picture.dataset.asked;
-    picture.alt = `${prompt.value}, ${picture.dataset.side === "steered" ? "under these weights" : "without weights"}`;
+    const under = told === "scores" ? "for these scores" : "under these weights";
+    picture.alt = `${prompt.value}, ${picture.dataset.side === "steered" ? under : `without ${told}`}`;
     delete picture.dataset.asked;
     ask(picture);
   });

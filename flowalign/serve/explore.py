@@ -1,4 +1,5 @@
-"""A page with a slider for each objective of a steered run, and the pictures that its model draws under what they say."""
+"""A page with a slider for each objective of a steered run, and the pictures that its model draws under what they say: weights,
+or scores to draw for."""
 
 from __future__ import annotations
 
@@ -45,6 +46,8 @@ class Explored:
     objectives: tuple[str, ...]
     prompt: str
     """That it begins with."""
+    told: str = "weights"
+    """weights, which the page brings to a sum of 1, or scores, each from 0 to 1 for itself."""
 
 
 def make_explorer(about: Explored, draw: Draw, access: Access, limits: Limits = Limits()) -> Service:  # noqa: B008 - frozen
@@ -111,11 +114,12 @@ def document(about: Explored) -> tuple[str, str]:
         f'<input type="range" id="w{place}" min="0" max="100" value="50"></label>'
         for place, name in enumerate(about.objectives)
     )
+    under = "For these scores" if about.told == "scores" else "Under these weights"
     rows = "".join(
         f'<section><h2>{title}</h2><div class="pictures">'
         + "".join(f'<img data-side="{side}" data-offset="{place}" alt="">' for place in range(SHOWN))
         + "</div></section>"
-        for side, title in (("steered", "Under these weights"), ("plain", "Without weights"))
+        for side, title in (("steered", under), ("plain", f"Without {about.told}"))
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = (
@@ -126,9 +130,10 @@ def document(about: Explored) -> tuple[str, str]:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(about.title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n<h1>{escape(about.title)}</h1>\n"
-        f'<form id="controls"><label class="prompt"><span>Prompt</span><input id="prompt" maxlength="{LONGEST}" '
-        f'value="{escape(about.prompt)}"></label><label><span>Seed</span><input id="seed" type="number" min="0" step="1" '
-        f'value="0"></label><button type="button" id="next">Next seeds</button><div class="sliders">{sliders}</div></form>\n'
+        f'<form id="controls" data-told="{about.told}"><label class="prompt"><span>Prompt</span>'
+        f'<input id="prompt" maxlength="{LONGEST}" value="{escape(about.prompt)}"></label>'
+        '<label><span>Seed</span><input id="seed" type="number" min="0" step="1" value="0"></label>'
+        f'<button type="button" id="next">Next seeds</button><div class="sliders">{sliders}</div></form>\n'
         f'{rows}\n<p id="says" role="status"></p>\n</main>\n<script>{script}</script>\n</body>\n</html>\n'
     )
     return html, policy

@@ -139,22 +139,45 @@ def test_dragging_a_slider_draws_the_pictures_again(page: str, pipeline: Any) ->
         assert browser.problems == []
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_sliders_of_scores_stand_each_for_itself(pipeline: Any, serve: Callable[[Service], str]) -> None:
+    def draw(prompts: Any, seeds: Any, scores: Any) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8)) for _ in prompts]
+
+    about = Explored("run", ("clip", "style"), "a cat", "scores")
+    address = serve(make_explorer(about, draw, Access(hosts=own_hosts("127.0.0.1", None, allow_public=False))))
+    with chromium() as browser:
+        browser.open(address)
+        assert asked(settled(browser)[0])["w"] == ["0.500", "0.500"]
+        browser.drag("#w1", 0.5, 1.0)
+        assert asked(settled(browser)[0])["w"] == ["0.500", "1.000"]
+        assert browser.ask("[...document.querySelectorAll('output')].map(o => o.value)") == ["0.50", "1.00"]
+        assert browser.ask("document.querySelector('.pictures img').alt") == "a cat, for these scores"
+        browser.drag("#w1", 0.9, 0.0)
+        browser.drag("#w0", 0.5, 0.0)
+        assert all("w" not in asked(each) for each in settled(browser))
+        assert browser.ask("document.getElementById('says').textContent") == "All sliders are at 0: drawn without scores."
+        assert browser.problems == []
+
+
 def test_a_run_that_was_not_steered_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explore", str(tmp_path)]) == 2
     assert "holds no steer.safetensors; give the folder of a finished run with a section steer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", ["weights", "scores"])
 def test_the_command_serves_what_the_run_learned(
-    settings: Callable[..., Config], votes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Config], votes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
     """All of the verb but its last line, which waits for a signal."""
     rows = [json.loads(line) for line in votes.read_text().splitlines()]
-    told = [row | {"objective_weights": {"red": 1.0, "blue": 0.0}} for row in rows]
-    for row in told:
+    for row in rows:
         row |= {side: str(votes.parent / row[side]) for side in ("chosen", "rejected")}
-    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    steer = "steer={objectives: [red, blue], hidden: 8}"
-    config = settings(tmp_path / "run", steer, f"data.train={tmp_path / 'told.jsonl'}", "data.validation=null", "train.steps=2")
+        row |= {"objective_weights": {"red": 1.0, "blue": 0.0}, "scores": {"red": [0.9, 0.1], "blue": [0.2, 0.8]}}
+    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = [f"steer={{objectives: [red, blue], hidden: 8, condition: {told}}}", "data.validation=null", "train.steps=2"]
+    how += ["objective={name: sft}"] if told == "scores" else []
+    config = settings(tmp_path / "run", *how, f"data.train={tmp_path / 'told.jsonl'}")
     runs.align(config, progress=False)
     found: list[Service] = []
 
@@ -169,15 +192,23 @@ def test_the_command_serves_what_the_run_learned(
     assert result["requests"] == 0
     transport = httpx.ASGITransport(found[0].app)
 
-    async def ask() -> tuple[str, int]:
+    async def ask() -> tuple[str, list[httpx.Response]]:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            drawn = await client.get("/picture", params={"prompt": "a thing", "seed": 1, "w": ["1", "1"]}, timeout=60)
-            return (await client.get("/")).text, drawn.status_code
+            each = [{"prompt": "a thing", "seed": 1, "w": values} for values in (["1", "1"], ["3", "1"])]
+            return (await client.get("/")).text, [await client.get("/picture", params=params, timeout=60) for params in each]
 
     import asyncio
 
-    text, status = asyncio.run(ask())
-    assert status == 200
+    text, answers = asyncio.run(ask())
+    if told == "weights":  # which may have any scale
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert "<h2>Under these weights</h2>" in text
+    else:
+        assert [answer.status_code for answer in answers] == [200, 400]
+        assert "the target of red is 3.0; calibrated scores are from 0 to 1" in answers[1].json()["error"]["message"]
+        assert "<h2>For these scores</h2>" in text
+        assert "<h2>Without scores</h2>" in text
+    assert f'data-told="{told}"' in text
     assert "<span>red</span>" in text
     prompt = json.loads((tmp_path / "run/samples/step-00000002/metadata.jsonl").read_text().splitlines()[0])["prompt"]
     assert f'value="{prompt}"' in text
