@@ -14,7 +14,7 @@ from flowalign.errors import ConfigError
 
 def add(command: Command) -> None:
     export = command("export", _export, "Write a run's LoRA as one file in kohya's format, for A1111 and ComfyUI.")
-    export.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished LoRA run")
+    export.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished LoRA run or loop")
     export.add_argument("--out", type=Path, metavar="FILE", help="by default weights/kohya.safetensors in the run")
 
     cache = command("cache", _cache, "List or clear the encoded pictures and prompts.")

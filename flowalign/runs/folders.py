@@ -66,11 +66,15 @@ def report(run: Path) -> dict[str, Any]:
 
 
 def export_kohya(run: Path, out: Path | None = None) -> dict[str, Any]:
-    """Write a run's LoRA as one file in kohya's format, for A1111 and ComfyUI. Raises CheckpointError."""
+    """Write a run's LoRA, of a loop that of its best round, as one file in kohya's format, for A1111 and ComfyUI.
+
+    Raises CheckpointError.
+    """
     source = run / "weights" / LORA
     if not source.is_file():
         raise CheckpointError(f"{run} holds no weights/{LORA}; give the folder of a finished LoRA run.")
-    settings = configuration.load(run / "config.yaml").trainable
+    kind = ImproveConfig if (run / "improve.json").is_file() else Config
+    settings = configuration.load_tree(kind, run / "config.yaml").trainable
     path = out or run / "weights" / "kohya.safetensors"
     alpha = settings.rank if settings.alpha is None else settings.alpha
     with atomic(path) as temporary:
