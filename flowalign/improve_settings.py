@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from flowalign.flow.settings import Fitting
 from flowalign.settings import (
@@ -18,6 +18,7 @@ from flowalign.settings import (
     Reference,
     Sample,
     Section,
+    Steer,
     Switches,
     Train,
     Trainable,
@@ -25,6 +26,12 @@ from flowalign.settings import (
 )
 
 Several = Annotated[int, Field(ge=2)]
+
+
+def _odd(count: int) -> int:
+    if count % 2 == 0:
+        raise ValueError("it must be odd, so that even weights are among them")
+    return count
 
 
 class Generator(Section):
@@ -58,7 +65,11 @@ class Draw(Section):
     prompts: Positive | None = None
     """prompts of a round, in turn; null takes all of them every time"""
     images: Several = 4
-    """pictures of a prompt"""
+    """pictures of a prompt, under each of its weights where `steer` has any"""
+    weights: Positive = 1
+    """steer: draws of objective weights that a prompt gets in a round"""
+    alpha: Rate = 1.0
+    """steer: α of the Dirichlet that they are drawn from; small ones draw corners, large ones the middle"""
     when: Literal["in_turn", "ahead"] = "in_turn"
     """ahead: another process draws the next round while one trains, with a policy that is one round older"""
     steps: Positive = 25
@@ -139,6 +150,9 @@ class Evaluate(Section):
     """so many of the held-out prompts, evenly spread; null takes all"""
     images: Several = 2
     """pictures of a prompt, with the same seeds in all rounds"""
+    weights: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 3
+    """steer: objective weights that each is drawn under, an odd number, of two objectives from corner to corner; of more always
+    their corners and the middle"""
     seed: Natural = 7
     """the first seed"""
     features: Literal["pixels", "tower"] = "pixels"
@@ -182,11 +196,14 @@ class ImproveConfig(Section):
     switches: Switches = Switches()
     trainable: Trainable = Trainable()
     train: Train = Train()
+    steer: Steer | None = None
+    """one policy for all weights of several rewards, trained on its own pictures, see docs/steer.md; null has none"""
     guard: Guard = Guard()
     sample: Sample = Sample(count=1, steps=1)
     evaluate: Evaluate = Evaluate()
     hacking: Hacking = Hacking()
     best: str = "combined"
-    """which round is kept: the highest combined reward on held-out prompts, or the highest of one measure there"""
+    """which round is kept: the highest combined reward on held-out prompts, or the highest of one measure there, or of the
+    hypervolume of several rewards"""
     output: str = "runs/improve"
     """the run folder"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,9 +42,26 @@ def in_turn(prompts: Sequence[str], count: int | None, seed: int, number: int) -
     return [order[(number * count + place) % len(order)] for place in range(count)]
 
 
-def rows_of_round(prompts: Sequence[str], images: int, seed: int, number: int) -> list[Row]:
-    """`images` rows of each prompt; a seed belongs to (seed, round, prompt, place) and to nothing else."""
-    return [Row(prompt, key(seed, "draw", number, prompt, place) % 2**32) for prompt in prompts for place in range(images)]
+def unsteered(prompt: str) -> Sequence[None]:
+    """The weights of a prompt's pictures where there are none."""
+    return (None,)
+
+
+def rows_of_round(
+    prompts: Sequence[str],
+    images: int,
+    seed: int,
+    number: int,
+    under: Callable[[str], Sequence[Mapping[str, float] | None]] = unsteered,
+) -> list[Row]:
+    """`images` rows of each prompt under each of its weights, which `under` gives; a seed belongs to (seed, round, prompt,
+    place) and to nothing else.
+    """
+    return [
+        Row(prompt, key(seed, "draw", number, prompt, place) % 2**32, weights)
+        for prompt in prompts
+        for place, weights in enumerate(each for each in under(prompt) for _ in range(images))
+    ]
 
 
 def mixed(

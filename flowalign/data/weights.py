@@ -48,6 +48,22 @@ def shares(weights: Mapping[str, float], objectives: Sequence[str]) -> tuple[flo
     return tuple(weights.get(name, 0.0) / total for name in objectives)
 
 
+def grid(objectives: Sequence[str], points: int) -> list[dict[str, float]]:
+    """Weights to look at a policy under: of two objectives `points` evenly from the first's corner to the second's, of more
+    the corner of each and the middle."""
+    count = len(objectives)
+    if count == 2:
+        rows = [(1 - place / (points - 1), place / (points - 1)) for place in range(points)]
+    else:
+        rows = [tuple(float(one == other) for other in range(count)) for one in range(count)] + [(1 / count,) * count]
+    return [dict(zip(objectives, row, strict=True)) for row in rows]
+
+
+def are_even(weights: Mapping[str, float]) -> bool:
+    """Whether they weigh all objectives alike, or there are none."""
+    return len(set(weights.values())) <= 1
+
+
 def scores_in_order(scores: Mapping[str, Sequence[float]] | None, objectives: Sequence[str]) -> tuple[float, ...]:
     """Each picture's scores by the objectives, `[N·K]`, picture by picture.
 

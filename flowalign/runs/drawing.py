@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from flowalign.device import choose_device
 from flowalign.families.base import Family
 from flowalign.families.loading import open_family
 from flowalign.families.sampling import PRECISIONS, Drawn, SamplerSettings, write_images
+from flowalign.families.steer import steered
 from flowalign.files import write_text
 from flowalign.rng import starting_noise
 from flowalign.setup import load_family
@@ -29,14 +30,21 @@ Keep = Callable[[bytes, Drawn], None]
 
 
 def draw_and_keep(loop: Loop, source: str, rows: Sequence[Row], folder: Path) -> None:
-    """Draw rows into `folder`, and what the sampler ended at into the run's cache, so that training encodes none of it."""
+    """Draw rows into `folder`, and what the sampler ended at into the run's cache, so that training encodes none of it.
+
+    The base is told no weights, whatever its rows are judged by.
+    """
     family = _open(loop, source)
-    _draw(loop, family, rows, folder, _keeping(loop, family))
+    pipeline, steers = family.pipeline(family.denoiser), loop.config.steer is not None and source != loop.policy(0)
+    if steers:
+        steered(pipeline, source)
+    _draw(loop, pipeline, rows, folder, _keeping(loop, family), told=steers)
 
 
 def draw_alone(loop: Loop, source: str, rows: Sequence[Row], folder: Path) -> None:
     """Draw rows into `folder`."""
-    _draw(loop, _open(loop, source), rows, folder, None)
+    family = _open(loop, source)
+    _draw(loop, family.pipeline(family.denoiser), rows, folder, None)
 
 
 def _open(loop: Loop, source: str) -> Family:
@@ -49,15 +57,15 @@ def _open(loop: Loop, source: str) -> Family:
     )
 
 
-def _draw(loop: Loop, family: Family, rows: Sequence[Row], folder: Path, keep: Keep | None) -> None:
+def _draw(loop: Loop, pipeline: Any, rows: Sequence[Row], folder: Path, keep: Keep | None, told: bool = False) -> None:
     how = loop.config.draw
     write_images(
         folder,
-        family.pipeline(family.denoiser),
+        pipeline,
         [row.prompt for row in rows],
         [row.seed for row in rows],
         SamplerSettings(how.sampler, how.steps, how.guidance, how.resolution, how.resolution, how.precision),
-        weights=[row.weights for row in rows] if any(row.weights for row in rows) else None,
+        weights=[row.weights for row in rows] if told else None,
         keep=keep,
         batch_size=how.batch_size,
         progress=loop.progress,

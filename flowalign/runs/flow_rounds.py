@@ -35,7 +35,7 @@ from flowalign.runs.rounds import Loop
 from flowalign.runs.serving import UPSTREAM_KEY
 from flowalign.serve.client import ImagesAPI
 
-ALIGNING = ("objective", "reference", "switches", "trainable", "train", "guard", "sample")
+ALIGNING = ("objective", "reference", "switches", "trainable", "train", "steer", "guard", "sample")
 """Sections that say how weights are trained."""
 SAMPLING = ("steps", "guidance", "sampler", "batch_size", "precision")
 """Of `draw`, what a checkpoint is told and an API is not."""

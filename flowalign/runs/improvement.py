@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from flowalign import config as configuration
+from flowalign.align.reference import BEGINNING
 from flowalign.device import choose_device
 from flowalign.errors import CollapseError, ConfigError, RunError
 from flowalign.evaluate.rounds import Measured, best_of, signs, told
 from flowalign.files import atomic_folder, write_text
-from flowalign.improve_settings import Generator, ImproveConfig
+from flowalign.improve_settings import Calibrate, Generator, ImproveConfig, Select
 from flowalign.report.improve import write_improve_page
 from flowalign.runs.flow_rounds import open_loop
 from flowalign.runs.folders import fresh
 from flowalign.runs.measured import measure, trained_on
 from flowalign.runs.rounds import Loop, ahead, draw_round, score_base, score_round, select_pairs, train_round
+from flowalign.scoring.steered import STEERED
 from flowalign.train.rundir import RunDir
 
 LATER = {"rounds", "hacking", "best", "output", "flow"}
@@ -66,6 +68,7 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
         raise ConfigError(
             "switches.mask and switches.annotator_types read what only given comparisons have; set them to none and 1."
         )
+    _check_steer(config)
     if run.config.is_file():
         free: dict[str, Any] = dict.fromkeys(LATER, True) | {"generator": ASKING}
         old = configuration.load_tree(ImproveConfig, run.config).model_dump(mode="json", exclude=free)
@@ -77,6 +80,32 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
                 f"for {', '.join(sorted(LATER - {'output'}))}, so give another folder with --output."
             )
     return trained_on(config)
+
+
+def _check_steer(config: ImproveConfig) -> None:
+    """Raise ConfigError for what a steered loop cannot do, and would find when the base has drawn already, or pass over."""
+    steer, select = config.steer, config.select
+    if steer is None:
+        return
+    if steer.condition == "scores":
+        raise ConfigError(
+            "steer.condition 'scores' learns from pictures that have scores already; a loop judges its own by weights, so set "
+            "steer.condition=weights."
+        )
+    if config.reference.kind in BEGINNING:
+        raise ConfigError(
+            f"reference.kind {config.reference.kind!r} is a policy of the loop, and a steered one is held against a model that "
+            "is told no weights; set reference.kind=auto."
+        )
+    given = select.model_dump(exclude={"least", "pair_weights", "order", "ratio"})
+    passed = [f"select.{name}" for name, value in Select().model_dump(include=set(given)).items() if given[name] != value]
+    passed += [f"select.order={select.order}"] if select.order in ("implicit", "potential") else []
+    passed += ["calibrate.by or weights"] if config.calibrate.model_copy(update={"pairs": None}) != Calibrate() else []
+    if passed:
+        raise ConfigError(
+            f"steer holds the best picture against the worst by the weights they were drawn under, which {passed[0]} does not "
+            "go with; leave it out."
+        )
 
 
 def _rounds(loop: Loop, weights: Mapping[str, float]) -> tuple[bool, str | None, list[dict[str, Any]]]:
@@ -172,7 +201,7 @@ def _write(
         "base": told(base, base, weights, seed=loop.config.draw.seed),
         "planned": loop.config.rounds,
         "drawing": loop.config.draw.when,
-        "selection": loop.config.select.by,
+        "selection": loop.config.select.by if loop.config.steer is None else STEERED,
         "fit": loop.config.fit,
         **loop.about(best),
     }
@@ -194,7 +223,8 @@ def _summary(about: Mapping[str, Any], folder: Path) -> str:
     lines = []
     for each in about["rounds"]:
         rates = ", ".join(f"{name} {found['calibrated']['value']:.2f}" for name, found in each["measures"].items())
-        lines.append(f"round {each['round']}: win rates over the base {rates}; diversity {each['diversity']['value']:.2f}")
+        far = "" if each["reach"] is None else f"hypervolume {each['reach']['hypervolume']['value']:.3f}; "
+        lines.append(f"round {each['round']}: win rates over the base {rates}; {far}diversity {each['diversity']['value']:.2f}")
     lines += [] if about["stopped"] is None else [f"stopped early. {about['stopped']}"]
     lines.append(
         "no round is kept"

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from flowalign.data.drawing import Row
+from flowalign.data.weights import are_even, grid
 from flowalign.device import choose_device
 from flowalign.errors import ConfigError
 from flowalign.evaluate.compare import Generated, read_generation
 from flowalign.evaluate.judges import ImageTower, load_judges, to_pixels
-from flowalign.evaluate.rounds import COMBINED, Measured
+from flowalign.evaluate.rounds import COMBINED, HYPERVOLUME, Measured
 from flowalign.files import write_text
 from flowalign.improve_settings import ImproveConfig
 from flowalign.runs.rounds import Loop, draw
@@ -29,19 +30,24 @@ AT_ONCE, SMALL, TOWER = 32, 16, 128
 
 
 def measure(loop: Loop, source: str, folder: Path) -> Measured:
-    """Draw the held-out prompts with a policy into `folder/pictures` and score them, as far as that is not done."""
-    cfg = loop.config.evaluate
+    """Draw the held-out prompts with a policy into `folder/pictures` and score them, as far as that is not done.
+
+    A steered policy draws all of them under each weight of a grid, from the same seeds.
+    """
+    cfg, steer = loop.config.evaluate, loop.config.steer
     seeds = [cfg.seed + place for place in range(cfg.images)]
     every = loop.prompts[1]
     count = min(cfg.prompts or len(every), len(every))
-    rows = [Row(every[place * len(every) // count], seed) for place in range(count) for seed in seeds]
-    draw(loop, source, rows, folder / "pictures")
+    wanted = [(every[place * len(every) // count], seed) for place in range(count) for seed in seeds]
+    under = [] if steer is None or source == loop.policy(0) else grid(steer.objectives, cfg.weights)
+    draw(loop, source, [Row(*each, told) for told in under or [None] for each in wanted], folder / "pictures")
     table, judged = folder / "scores.parquet", folder / "judges.json"
     device = loop.device
     if not table.is_file():
         rewards = [*loop.config.rewards, *cfg.rewards]
         score(str(folder / "pictures"), rewards, out=table, device=device, cache=loop.cache, progress=loop.progress)
-    pictures = read_generation(folder / "pictures")
+    even = next((place for place, each in enumerate(under) if are_even(each)), 0)
+    pictures = read_generation(folder / "pictures")[even * len(wanted) : (even + 1) * len(wanted)]
     if cfg.judges is not None and not judged.is_file():
         found: dict[str, list[float]] = {}
         for judge in load_judges(cfg.judges, choose_device(device)):
@@ -49,10 +55,12 @@ def measure(loop: Loop, source: str, folder: Path) -> Measured:
             found[judge.name] = [value for part in parts for value in part.tolist()]
         write_text(judged, json.dumps(found) + "\n")
     scores = read_table(table)
-    values = {name: scores.oriented(name) for name in scores.rewards}
+    drawn = {name: scores.oriented(name).reshape(-1, len(wanted)) for name in scores.rewards}
+    values = {name: each[even] for name, each in drawn.items()}
     if judged.is_file():
         values |= {f"judge {name}": np.array(each) for name, each in json.loads(judged.read_text()).items()}
-    return Measured(tuple(each.prompt for each in pictures), values, _features(loop, pictures))
+    front = {name: drawn[name].T for name in steer.objectives} if steer is not None and under else {}
+    return Measured(tuple(prompt for prompt, _ in wanted), values, _features(loop, pictures), tuple(under), front)
 
 
 def _opened(pictures: Sequence[Generated]) -> list[Image.Image]:
@@ -89,17 +97,23 @@ def trained_on(config: ImproveConfig) -> Mapping[str, float]:
             )
     if config.evaluate.judges is not None:
         _apart(config.rewards, Path(config.evaluate.judges))
+    steered = () if config.steer is None else config.steer.objectives
+    for name in steered:
+        if name not in names:
+            raise ConfigError(f"steer.objectives names {name!r}, which is no reward here; allowed: {', '.join(names)}.")
     for name in config.calibrate.weights:
         if name not in names:
             raise ConfigError(f"calibrate.weights has {name!r}, which is no reward here; allowed: {', '.join(names)}.")
-    known = [COMBINED, *names, *(judge.card.name for judge in judges)]
+    wanted = config.calibrate.weights
+    weights = {name: wanted.get(name, 0.0) if wanted else float(not steered or name in steered) for name in names}
+    several = sum(map(bool, weights.values())) > 1
+    known = [COMBINED, *([HYPERVOLUME] if several else []), *names, *(judge.card.name for judge in judges)]
     if config.evaluate.judges is not None:
         card = json.loads((Path(config.evaluate.judges) / "card.json").read_text(encoding="utf-8"))
         known += [f"judge {name}" for name in card["judges"]]
     if config.best not in known:
         raise ConfigError(f"best is {config.best!r}, which is not measured; allowed: {', '.join(known)}.")
-    wanted = config.calibrate.weights
-    return {name: wanted.get(name, 0.0) if wanted else 1.0 for name in names}
+    return weights
 
 
 def _same(reward: Reward, judge: Reward) -> bool:

@@ -3,7 +3,7 @@
 RUN/config.yaml  cache/  encoders.json
     rounds/base/pictures/  scores.parquet  scores-calibrated.parquet .json       what the base draws, once,
                 evaluation/                                                      and for held-out prompts
-    rounds/00/plan.jsonl  pictures/  scores.parquet  scores-calibrated.parquet   (round 00 has the base's pictures)
+    rounds/00/pictures/  scores.parquet  scores-calibrated.parquet               (round 00 has the base's pictures)
               pairs.jsonl  pairs-with-margins.jsonl  selected.jsonl  comparisons.jsonl
               align/  align.json  evaluation/pictures/  scores.parquet  judges.json  evaluation.json
 Where flows are fitted, `runs.flow_rounds` says what lies there instead of align/ and align.json.
@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from flowalign import config as configuration
 from flowalign import yaml_text
 from flowalign.data import prompts as prompt_files
-from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round
+from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round, unsteered
 from flowalign.data.readers import open_comparisons
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError
@@ -38,6 +38,7 @@ from flowalign.runs.implicit import margins
 from flowalign.runs.scoring import score
 from flowalign.runs.selection import select
 from flowalign.runs.training import align
+from flowalign.scoring.steered import STEERED, drawn_weights
 from flowalign.scoring.table import read_table
 from flowalign.settings import Config, Data, Model
 
@@ -90,13 +91,28 @@ class Loop:
     def plan(self, number: int) -> list[Row]:
         """What round `number` draws; that of round 0 is what the base draws for these prompts."""
         draw = self.config.draw
-        return rows_of_round(in_turn(self.prompts[0], draw.prompts, draw.seed, number), draw.images, draw.seed, number)
+        prompts = in_turn(self.prompts[0], draw.prompts, draw.seed, number)
+        return rows_of_round(prompts, draw.images, draw.seed, number, self._under(number))
+
+    def _under(self, number: int) -> Callable[[str], Sequence[Mapping[str, float] | None]]:
+        """What gives the weights of a prompt's pictures in a round, keyed by seed, round, prompt and draw."""
+        steer, draw = self.config.steer, self.config.draw
+        if steer is None:
+            return unsteered
+        names, seed = steer.objectives, key(draw.seed, "weights", number)
+
+        def under(prompt: str) -> list[Mapping[str, float]]:
+            rows = [drawn_weights(len(names), draw.alpha, prompt, each, seed).tolist() for each in range(draw.weights)]
+            return [dict(zip(names, row, strict=True)) for row in rows]
+
+        return under
 
     def pool(self) -> list[Row]:
         """What the base draws: round 0's pictures of every prompt that any round has."""
         draw = self.config.draw
         turns = (in_turn(self.prompts[0], draw.prompts, draw.seed, number) for number in range(self.config.rounds))
-        return rows_of_round(list(dict.fromkeys(each for turn in turns for each in turn)), draw.images, draw.seed, 0)
+        prompts = list(dict.fromkeys(each for turn in turns for each in turn))
+        return rows_of_round(prompts, draw.images, draw.seed, 0, self._under(0))
 
     def policy(self, finished: int) -> str:
         """What generates after so many finished rounds."""
@@ -134,6 +150,7 @@ class Loop:
             switches=cfg.switches,
             trainable=cfg.trainable.model_copy(update={"start": None if first else before}),
             train=cfg.train.model_copy(update={"seed": key(cfg.train.seed, "round", number) % 2**31}),
+            steer=cfg.steer,
             guard=cfg.guard,
             sample=cfg.sample,
             output=str(self.learned(number)),
@@ -237,9 +254,13 @@ def select_pairs(loop: Loop, number: int) -> int:
     out, pairs = folder / "comparisons.jsonl", folder / "pairs.jsonl"
     lot = key(loop.config.draw.seed, "select", number) % 2**31
     if not pairs.is_file():
+        own: dict[str, Any] = {"by": cfg.by}
+        if (steer := loop.config.steer) is not None:
+            drawn = folder if number > 0 else loop.base
+            own = {"by": STEERED, "objectives": steer.objectives, "plan": drawn / "pictures" / "plan.jsonl"}
         select(
             folder / "scores-calibrated.parquet",
-            by=cfg.by,
+            **own,
             score=cfg.score,
             out=pairs,
             most=cfg.most,

@@ -20,6 +20,12 @@ def test_a_seed_belongs_to_the_round_the_prompt_and_the_place() -> None:
         assert not {row.seed for row in other} & {row.seed for row in rows}
 
 
+def test_each_weight_of_a_prompt_has_as_many_rows() -> None:
+    rows = rows_of_round(PROMPTS[:2], 2, 5, 1, lambda prompt: [{prompt: 0.25}, {prompt: 0.75}])
+    assert [row.weights for row in rows] == [{prompt: value} for prompt in PROMPTS[:2] for value in (0.25, 0.25, 0.75, 0.75)]
+    assert [row.seed for row in rows] == [row.seed for row in rows_of_round(PROMPTS[:2], 4, 5, 1)]
+
+
 def test_rounds_take_prompts_in_turn_and_begin_again() -> None:
     rounds = [in_turn(PROMPTS, 4, 0, number) for number in range(5)]
     assert sorted(prompt for each in rounds for prompt in each) == sorted(2 * PROMPTS)  # 5 x 4 = 2 x 10

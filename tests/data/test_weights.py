@@ -11,7 +11,7 @@ import pytest
 
 from flowalign.data.audit import audit
 from flowalign.data.readers import open_comparisons
-from flowalign.data.weights import in_order, shares, wording
+from flowalign.data.weights import are_even, grid, in_order, shares, wording
 from flowalign.data.writer import row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError
 
@@ -74,3 +74,14 @@ def test_a_pair_that_is_voted_both_ways_under_other_weights_is_no_contradiction(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in both))
     found = audit(open_comparisons(tmp_path / "rows.jsonl"))
     assert (found["contradictions"], found["duplicates"]) == (1, 0)
+
+
+def test_a_grid_goes_from_corner_to_corner() -> None:
+    assert grid(["a", "b"], 3) == [{"a": 1.0, "b": 0.0}, {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 1.0}]
+    found = grid(["a", "b"], 7)
+    assert [each["b"] for each in found] == pytest.approx([place / 6 for place in range(7)])
+    assert [place for place, each in enumerate(found) if are_even(each)] == [3]
+    three = grid(["a", "b", "c"], 7)
+    assert three[:3] == [{name: float(name == corner) for name in "abc"} for corner in "abc"]
+    assert three[3:] == [dict.fromkeys("abc", 1 / 3)]
+    assert are_even({})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flowalign.evaluate.rounds import Measured, best_of, calibrated, combined, signs, told
+from flowalign.evaluate.rounds import Measured, best_of, calibrated, combined, reach, signs, told
 
 PROMPTS = tuple(f"prompt {number // 3}" for number in range(90))
 WEIGHTS = {"reward": 1.0}
@@ -52,6 +53,46 @@ def test_a_round_is_told_against_the_base() -> None:
     assert still["measures"]["reward"]["win_rate"]["value"] == 0.5
 
 
+def test_how_far_rewards_reach_together() -> None:
+    base, now = measured(), measured(1.0, 0.5, seed=1)
+    assert reach(base, now, WEIGHTS) is None  # there is nothing to reach together
+    assert told(base, now, WEIGHTS)["reach"] is None
+    found = reach(base, now, {"reward": 1.0, "judge": -2.0, "other": 0.0})
+    assert found is not None
+    theirs = [calibrated(base, base, "reward"), 1 - calibrated(base, base, "judge")]  # less of it is asked for
+    ours = [calibrated(base, now, "reward"), 1 - calibrated(base, now, "judge")]
+    assert (found["objectives"], found["under"]) == (["reward", "judge"], [])
+    assert found["reference"] == pytest.approx([each.min() for each in theirs])
+    assert [one["value"] for one in found["points"][0]] == pytest.approx([each.mean() for each in ours])
+    sides = [mine.mean() - their.min() for mine, their in zip(ours, theirs, strict=True)]
+    volume = found["hypervolume"]
+    assert volume["value"] == pytest.approx(sides[0] * sides[1])
+    assert volume["low"] < volume["value"] < volume["high"]
+    assert "steerability" not in found
+
+
+def test_a_front_is_of_all_weights_and_steering_is_its_order() -> None:
+    base, even = measured(), measured(0.5, 0.5, seed=1)
+    under = ({"reward": 1.0, "judge": 0.0}, {"reward": 0.5, "judge": 0.5}, {"reward": 0.0, "judge": 1.0})
+    moved = np.array([1.0, 0.5, 0.0])
+    front = {"reward": base.scores["reward"][:, None] + moved, "judge": base.scores["judge"][:, None] + moved[::-1]}
+    both = {"reward": 1.0, "judge": 1.0}
+
+    def found(front: dict[str, Any]) -> dict[str, Any]:
+        return reach(base, replace(even, under=under, front=front), both) or {}
+
+    right = found(front)
+    assert {name: each["value"] for name, each in right["steerability"].items()} == {"reward": 1.0, "judge": 1.0}
+    turned = found({"reward": front["judge"], "judge": front["reward"]})
+    assert {name: each["value"] for name, each in turned["steerability"].items()} == {"reward": -1.0, "judge": -1.0}
+    still = found({name: np.repeat(each[:, 1:2], 3, axis=1) for name, each in front.items()})
+    assert still["steerability"] == {"reward": None, "judge": None}
+    assert still["hypervolume"]["value"] < right["hypervolume"]["value"]
+    alone = reach(base, replace(even, scores={name: each[:, 1] for name, each in front.items()}), both)
+    assert alone is not None
+    assert still["hypervolume"] == pytest.approx(alone["hypervolume"])
+
+
 def alarms(*history: Measured, drop: float = 0.5) -> set[str]:
     return {sign.name for sign in signs(history, WEIGHTS, drop=drop) if sign.alarm}
 
@@ -84,11 +125,20 @@ def test_a_speck_in_a_white_corner_is_not_diversity() -> None:
 
 
 def rounds(*values: tuple[float, float]) -> list[dict[str, Any]]:
-    return [{"combined": {"value": one}, "measures": {"judge": {"calibrated": {"value": two}}}} for one, two in values]
+    return [
+        {
+            "combined": {"value": one},
+            "measures": {"judge": {"calibrated": {"value": two}}},
+            "reach": {"hypervolume": {"value": one * two}},
+        }
+        for one, two in values
+    ]
 
 
 def test_the_best_round_is_the_highest_by_what_was_asked_for() -> None:
     found = rounds((0.6, 0.4), (0.8, 0.5), (0.7, 0.6), (0.8, 0.2))
     assert best_of(found, "combined") == 1
     assert best_of(found, "judge") == 2
+    assert best_of(found, "hypervolume") == 2
+    assert best_of(found[:2], "hypervolume") == 1
     assert best_of([], "combined") is None
