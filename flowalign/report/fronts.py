@@ -107,7 +107,7 @@ def front_chart(
         parts.append(f'<polyline class="curve {look} thin" points="{line}"/>')
         parts += [part for point in front.points for part in _whiskers(frame, point[first], point[second], look)]
         for index, point in enumerate(front.points):
-            said = f"{objectives[first]} {_words(point[first])}, {objectives[second]} {_words(point[second])}"
+            said = f"{objectives[first]} {words(point[first])}, {objectives[second]} {words(point[second])}"
             name = f"{front.name}, {front.labels[index]}" if front.labels else front.name
             parts.append(_mark(frame.x(point[first]["value"]), frame.y(point[second]["value"]), look, f"{name}: {said}"))
         keys.append((look, front.name))
@@ -116,7 +116,7 @@ def front_chart(
     if base is not None:
         x, y = frame.x(base[first]["value"]), frame.y(base[second]["value"])
         parts += _whiskers(frame, base[first], base[second], "plain")
-        parts.append(_mark(x, y, "plain", f"base: {objectives[first]} {_words(base[first])}"))
+        parts.append(_mark(x, y, "plain", f"base: {objectives[first]} {words(base[first])}"))
         keys.append(("plain", "base"))
         told.append(f"base at ({_pair(base, first, second)})")
     return _chart(title, note, keys, parts, HEIGHT, f"{title}, {objectives[first]} and {objectives[second]}: {'; '.join(told)}")
@@ -160,9 +160,9 @@ def course_chart(
                 f'<line class="whisker {look} thin" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" '
                 f'y1="{frame.y(each["low"]):.1f}" y2="{frame.y(each["high"]):.1f}"/>'
             )
-            parts.append(_mark(frame.x(x), frame.y(each["value"]), look, f"{course.name}, {axis} {number(x)}: {_words(each)}"))
+            parts.append(_mark(frame.x(x), frame.y(each["value"]), look, f"{course.name}, {axis} {number(x)}: {words(each)}"))
         keys.append((look, course.name))
-        told.append(f"{course.name} from {_words(course.points[0][1])} to {_words(course.points[-1][1])}")
+        told.append(f"{course.name} from {words(course.points[0][1])} to {words(course.points[-1][1])}")
     return _chart(title, note, keys, parts, height, f"{title}: {'; '.join(told)}")
 
 
@@ -201,7 +201,8 @@ def _pair(point: Sequence[Shown], first: int, second: int) -> str:
     return f"{figure(point[first]['value'])}, {figure(point[second]['value'])}"
 
 
-def _words(each: Shown) -> str:
+def words(each: Shown) -> str:
+    """An estimate for people, such as 0.2 [0.18, 0.22]."""
     return f"{figure(each['value'])} [{figure(each['low'])}, {figure(each['high'])}]"
 
 

@@ -8,14 +8,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from flowalign.evaluate.compare import Generated, read_generation
+from flowalign.data.weights import are_even
+from flowalign.evaluate.compare import read_generation
 from flowalign.files import write_text
 from flowalign.report.charts import Line, line_chart
 from flowalign.report.document import document, figure, shortened
-from flowalign.report.pictures import data_uri
+from flowalign.report.fronts import words
+from flowalign.report.improve_fronts import across, interval, reaches
+from flowalign.report.pictures import Column, side_by_side
+from flowalign.scoring.steered import STEERED
 
-ROWS, SIDE, BUDGET = 12, 144, 4_000_000
-"""Prompts shown, pixels of a picture, characters of all pictures."""
+ROWS = 12
+"""Prompts shown."""
 ACROSS = "round"
 Tree = Mapping[str, Any]
 
@@ -23,7 +27,8 @@ Tree = Mapping[str, Any]
 def write_improve_page(run: Path) -> Path:
     """Write `report.html` of a loop's folder."""
     about = json.loads((run / "improve.json").read_text(encoding="utf-8"))
-    parts = [_header(run, about), _pictures(run, about), _charts(about), _events(about), _table(about)]
+    parts = [_header(run, about), _pictures(run, about), across(run, about, ROWS), reaches(about)]
+    parts += [_charts(about), _events(about), _table(about)]
     page = run / "report.html"
     write_text(page, document(f"{run.name} · flowalign", "".join(parts), scripts=()))
     return page
@@ -42,9 +47,19 @@ def verdict(about: Tree) -> str:
     rose = [name for name, weight in asked.items() if _moved(shown["measures"][name]["calibrated"], weight)]
     moved = "None of the rewards" if not rose else "All rewards" if len(rose) == len(asked) else f"{_listed(rose)}"
     kept = f"Round {shown['round']} is kept." if about["best"] is not None else "No round is kept."
-    says = f"{moved} moved as asked, beyond chance, on held-out prompts. {kept} Win rates over the base: {_listed(sides[True])}"
+    even = _even(about)
+    says = f"{moved} moved as asked, beyond chance, on held-out prompts{even}. {kept} "
+    says += f"Win rates over the base{even}: {_listed(sides[True])}"
     says += f"; by judges that nothing was trained on, {_listed(sides[False])}." if sides[False] else "."
+    if shown.get("reach") is not None:
+        now, before = (each["reach"]["hypervolume"] for each in (shown, about["base"]))
+        says += f" Hypervolume {words(now)}, of the base {figure(before['value'])}."
     return says + (f" The loop was stopped. {about['stopped']}" if about["stopped"] else "")
+
+
+def _even(about: Tree) -> str:
+    """What is to be said of pictures of a steered policy."""
+    return " under even weights" if about["selection"] == STEERED else ""
 
 
 def _moved(found: Tree, weight: float) -> bool:
@@ -66,7 +81,7 @@ def _header(run: Path, about: Tree) -> str:
         "kept": "none" if about["best"] is None else f"round {about['best']}, by {about['best_by']}",
         "base": about["checkpoint"],
         "learns": "a flow each round, behind those before it" if about.get("fit") == "flow" else "the weights",
-        "pairs by": about["selection"],
+        "pairs by": "the weights of their pictures" if about["selection"] == STEERED else about["selection"],
         "loss": about["objective"],
         "drawn": "ahead, by a policy one round older" if about["drawing"] == "ahead" else "by the newest policy",
     }
@@ -81,9 +96,9 @@ def _charts(about: Tree) -> str:
     """Win rates over the base by round: what was trained on, then the judges, then diversity."""
     if not about["rounds"]:
         return ""
-    base, sections = about["base"], []
+    base, sections, even = about["base"], list[str](), _even(about)
     kinds = (
-        (True, "Rewards trained on", "What the loop selects by rises first here; that alone says little."),
+        (True, f"Rewards trained on{even}", "What the loop selects by rises first here; that alone says little."),
         (
             False,
             "Judges that nothing was trained on",
@@ -123,38 +138,17 @@ def _line(name: str, note: str, found: Sequence[Tree], look: str, *, span: tuple
 
 
 def _pictures(run: Path, about: Tree) -> str:
-    """Rows prompts, columns rounds; each cell of a row has the row's seed."""
-    folders = [run / "rounds" / "base" / "evaluation" / "pictures"]
-    folders += [run / "rounds" / f"{each['round'] - 1:02d}" / "evaluation" / "pictures" for each in about["rounds"]]
-    columns: list[dict[tuple[str, int], Generated]] = []
-    for folder in folders:
-        columns.append({(each.prompt, each.seed): each for each in read_generation(folder)})
-    firsts = dict[str, tuple[str, int]]()
-    for prompt, seed in columns[0]:
-        firsts.setdefault(prompt, (prompt, seed))
-    every = list(firsts.values())
-    chosen = every if len(every) <= ROWS else [every[place * len(every) // ROWS] for place in range(ROWS)]
-    rows, left = [], BUDGET
-    for prompt, seed in chosen:
-        cells = []
-        for place, column in enumerate(columns):
-            uri, width, height = data_uri(column[prompt, seed].path, SIDE)
-            left -= len(uri)
-            alt = escape(f"{shortened(prompt, 120)}, {'base' if place == 0 else f'round {place}'}")
-            cells.append(f'<td><img src="{uri}" alt="{alt}" width="{width}" height="{height}" decoding="async"></td>')
-        rows.append(f'<tr><th scope="row">{escape(shortened(prompt, 40))}<br>seed {seed}</th>{"".join(cells)}</tr>')
-        if left <= 0:
-            break
-    kept = about["best"]
-    head = "".join(
-        f'<th scope="col">{"base" if place == 0 else f"round {place}"}{"<br>kept" if place == kept else ""}</th>'
-        for place in range(len(columns))
-    )
-    lead = f"{len(rows)} of {len(every)} held-out prompts; a row has one prompt and one seed."
-    return (
-        f'<section><h2>The same seeds, round by round</h2><p class="lead">{lead}</p><div class="scroll"><table class="strip">'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
+    """Rows prompts, columns rounds; each cell of a row has the row's seed. Of a steered policy those under even weights."""
+    folders = [("base", run / "rounds" / "base")]
+    folders += [(f"round {each['round']}", run / "rounds" / f"{each['round'] - 1:02d}") for each in about["rounds"]]
+    columns = []
+    for place, (name, folder) in enumerate(folders):
+        pictures = [each for each in read_generation(folder / "evaluation" / "pictures") if are_even(dict(each.weights))]
+        heads = (name, "kept") if place == about["best"] else (name,)
+        columns.append(Column(heads, {(each.prompt, each.seed): each for each in pictures}))
+    table, shown, of = side_by_side(columns, ROWS)
+    lead = f"{shown} of {of} held-out prompts; a row has one prompt and one seed{_even(about)}."
+    return f'<section><h2>The same seeds, round by round</h2><p class="lead">{lead}</p>{table}</section>'
 
 
 def _events(about: Tree) -> str:
@@ -175,11 +169,7 @@ def _table(about: Tree) -> str:
     head = "".join(f'<th scope="col">{escape(shortened(name, 30))}</th>' for name in names)
     rows = []
     for each in about["rounds"]:
-        cells = "".join(
-            f'<td>{figure(found["win_rate"]["value"])}<span class="interval">[{figure(found["win_rate"]["low"])}, '
-            f"{figure(found['win_rate']['high'])}]</span></td>"
-            for found in (each["measures"][name] for name in names)
-        )
+        cells = "".join(f"<td>{interval(each['measures'][name]['win_rate'])}</td>" for name in names)
         stale = each["staleness"]
         rows.append(f'<tr><th scope="row">{each["round"]}</th><td>{each["comparisons"]}</td><td>{stale}</td>{cells}</tr>')
     lead = (

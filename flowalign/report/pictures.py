@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from PIL import Image
 
 from flowalign.errors import DataError
 from flowalign.evaluate.compare import Generated, read_generation
+from flowalign.report.document import shortened
 
 SMALL = 160  # pixels: up to this side a picture is inlined as it is, losslessly
 THUMBNAIL = 512
 FIRST = 12  # pairs shown at once; the others unfold
 BUDGET = 5_500_000  # characters of inlined pairs: a page of large pictures stays one that can be mailed
 STRIP = (8, 12)  # most steps and prompts in the strip
+CELL, CELLS = 144, 4_000_000  # pixels of a picture side by side with others, and characters of all of them
 
 Scores = Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]]
 Samples = Sequence[tuple[int, Sequence[Generated]]]
@@ -116,6 +119,39 @@ def strip(samples: Samples) -> tuple[str, int, int]:
     )
     table = f'<table class="strip"><tbody>{"".join(rows)}</tbody><tfoot><tr><td></td>{heads}</tr></tfoot></table>'
     return f'<div class="scroll">{table}</div>', steps, prompts
+
+
+@dataclass(frozen=True)
+class Column:
+    """Pictures that stand below each other."""
+
+    heads: tuple[str, ...]
+    """Lines over them, the first of which says what they are."""
+    pictures: Mapping[tuple[str, int], Generated]
+    """By prompt and seed."""
+
+
+def side_by_side(columns: Sequence[Column], most: int) -> tuple[str, int, int]:
+    """A table with a row for the first seed of each prompt, `most` rows evenly spread; how many it shows, and of how many."""
+    firsts = dict[str, tuple[str, int]]()
+    for prompt, seed in columns[0].pictures:
+        firsts.setdefault(prompt, (prompt, seed))
+    every = list(firsts.values())
+    chosen = every if len(every) <= most else [every[place * len(every) // most] for place in range(most)]
+    rows, left = [], CELLS
+    for prompt, seed in chosen:
+        cells = []
+        for column in columns:
+            uri, width, height = data_uri(column.pictures[prompt, seed].path, CELL)
+            left -= len(uri)
+            alt = escape(f"{shortened(prompt, 120)}, {column.heads[0]}")
+            cells.append(f'<td><img src="{uri}" alt="{alt}" width="{width}" height="{height}" decoding="async"></td>')
+        rows.append(f'<tr><th scope="row">{escape(shortened(prompt, 40))}<br>seed {seed}</th>{"".join(cells)}</tr>')
+        if left <= 0:
+            break
+    head = "".join(f'<th scope="col">{"<br>".join(map(escape, column.heads))}</th>' for column in columns)
+    table = f'<table class="strip"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return f'<div class="scroll">{table}</div>', len(rows), len(every)
 
 
 def _score(judge: str, both: Mapping[str, float]) -> str:

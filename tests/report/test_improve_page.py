@@ -93,3 +93,20 @@ def test_the_verdict_is_about_the_round_that_is_kept(run: Path) -> None:
     about["rounds"][0]["measures"]["style"]["calibrated"] = estimate(0.3)
     assert verdict(about | {"weights": {"style": -1.0}}).startswith("All rewards moved as asked")
     assert verdict(about | {"rounds": [], "stopped": "Nothing."}) == "No round was finished. Nothing."
+
+
+def test_several_rewards_have_a_hypervolume_without_being_steered(run: Path) -> None:
+    about = json.loads((run / "improve.json").read_text())
+    for place, each in enumerate((about["base"], *about["rounds"])):
+        points = [[estimate(0.5 + place / 10), estimate(0.5)]]
+        volume = estimate(0.1 + place / 10, 0.02)
+        each["reach"] = {"objectives": ["a <b>", "c"], "under": [], "points": points, "hypervolume": volume}
+    (run / "improve.json").write_text(json.dumps(about))
+    text = write_improve_page(run).read_text()
+    assert text.count("<svg") == 5
+    assert 'aria-label="Hypervolume: policy from 0.1 [0.08, 0.12] to 0.3 [0.28, 0.32]"' in text
+    assert "<title>rounds, round 2: a &lt;b&gt; 0.7 [0.6, 0.8], c 0.5 [0.4, 0.6]</title>" in text
+    assert "from the base’s worst score by a &lt;b&gt; and c upwards" in text
+    assert "across the weights" not in text
+    assert "Spearman" not in text
+    assert "Hypervolume 0.2 [0.18, 0.22], of the base 0.1." in text  # of the round that is kept
