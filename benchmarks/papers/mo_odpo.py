@@ -13,8 +13,8 @@ w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against t
     oracle     a model for each w, dpo on the pairs that w chooses
 
 Held-out captions are drawn under 11 w, 10 of three rewards, and judged by judges that are no rewards, and colour by its
-formula. Steered with α 1, soups, mixed and RiC are run for all seeds, the other arms and three rewards for the first, and all
-of them for each with --full. What is finished in --work is kept.
+formula. Steered with α 1, soups and RiC are run for all seeds, the other arms and three rewards, of these arms, for the first, and
+all of them for each with --full. What is finished in --work is kept.
 """
 
 from __future__ import annotations
@@ -215,9 +215,9 @@ def measure(bench: Bench, seeds: Sequence[int], full: bool) -> Tree:
         for alpha in ALPHAS if whole else (1.0,):
             arms.setdefault(f"steered, α {alpha:g}", []).append(bench.policy(f"steered-{alpha:g}", alpha, seed))
         arms.setdefault("soups", []).append(bench.soups(seed))
-        arms.setdefault("mixed", []).append(bench.mixed(seed))
         arms.setdefault("RiC", []).append(bench.in_context(seed))
         if whole:
+            arms.setdefault("mixed", []).append(bench.mixed(seed))
             arms.setdefault("oracle", []).append(bench.oracle((0.0, *ORACLES, 1.0), seed))
             arms.setdefault("words, α 1", []).append(bench.policy("words-1", 1.0, seed, "prompt"))
     return told(bench, base, arms)
@@ -227,7 +227,6 @@ def measure_three(bench: Bench, seeds: Sequence[int]) -> Tree:
     arms = {
         "steered, α 1": [bench.policy("steered-1", 1.0, seed) for seed in seeds],
         "soups": [bench.soups(seed) for seed in seeds],
-        "mixed": [bench.mixed(seed) for seed in seeds],
         "RiC": [bench.in_context(seed) for seed in seeds],
     }
     return told(bench, bench.base(), arms)
