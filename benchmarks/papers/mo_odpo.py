@@ -13,8 +13,8 @@ w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against t
     oracle     a model for each w, dpo on the pairs that w chooses
 
 Held-out captions are drawn under 11 w, 10 of three rewards, and judged by judges that are no rewards, and colour by its
-formula. Steered with α 1, soups and RiC are run for all seeds, the other arms and three rewards, of these arms, for the first, and
-all of them for each with --full. What is finished in --work is kept.
+formula. Steered with α 1, soups and RiC are run for all seeds, the other arms for the first, and so are these three for three
+rewards; --full runs each arm for each seed. What is finished in --work is kept.
 """
 
 from __future__ import annotations
