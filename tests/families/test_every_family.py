@@ -37,6 +37,10 @@ from tests.families.conftest import BUILDERS
 PROMPTS = ["a cat", "", "zebra in a fog with many more letters than sixteen", "b"]
 SIDE = 32
 SMALL = {"height": SIDE, "width": SIDE}
+LONG = pytest.mark.parametrize(
+    "checkpoint", [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in BUILDERS], indirect=True
+)
+"""Tests that take seconds: other checkpoints of a family than its first are for the slow ones."""
 
 
 @pytest.fixture
@@ -274,6 +278,7 @@ def test_dtypes_and_parts_in_bfloat16(checkpoint: Path) -> None:
         assert float((other.float() - full).norm() / full.norm()) < 0.1
 
 
+@LONG
 def test_pictures_of_ours_are_those_of_plain_diffusers(checkpoint: Path, family: Family) -> None:
     """A seed's picture does not depend on its batch, and is what the plain pipeline draws with that seed."""
     plain = plainly(checkpoint)
@@ -332,6 +337,7 @@ def ready_to_train(config: Config) -> Prepared:
     return prepare(config, make_accelerator(config, Path(config.output)), progress=False)
 
 
+@LONG
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_before_any_step_the_loss_is_log_2(settings: Callable[..., Config], trainable: str) -> None:
     ready = ready_to_train(settings(f"trainable.kind={trainable}"))
@@ -345,6 +351,7 @@ def test_before_any_step_the_loss_is_log_2(settings: Callable[..., Config], trai
         assert all("lora_B" in name for name in moved)
 
 
+@LONG
 def test_a_few_pairs_are_learned(settings: Callable[..., Config]) -> None:
     """Held-out pairs share only the tint with those trained on; with the sides swapped both figures would fall."""
     before = torch.get_num_threads()
@@ -356,6 +363,7 @@ def test_a_few_pairs_are_learned(settings: Callable[..., Config]) -> None:
     assert metrics["eval/rewards/accuracies"] > 0.75
 
 
+@LONG
 def test_the_exported_adapter_loads_in_plain_diffusers(
     settings: Callable[..., Config], checkpoint: Path, family: Family
 ) -> None:
@@ -385,6 +393,7 @@ def test_the_exported_adapter_loads_in_plain_diffusers(
             runs.export_kohya(Path(config.output))
 
 
+@LONG
 def test_a_step_reads_nothing_back(settings: Callable[..., Config], no_read_back: Callable[[], Any]) -> None:
     ready = ready_to_train(settings("trainable.gradient_checkpointing=false"))
     batch, rng = ready.first_batch(), Keyed(0)
