@@ -3,7 +3,7 @@
     python -m benchmarks.papers.mo_odpo [--work runs/mo_odpo] [--pool runs/capo] [--seeds 0 1 2] [--full] [--quick]
 
 The pool is tiny-sd's own pictures of train prompts with the calibrated rewards of `benchmarks.papers.capo`, of which two count:
-does a picture show its caption, and is it Fluent; then all three, the last of which is colour. For each prompt weights
+does a picture show its caption, and is it Fluent; then Fluent and colour; then all three. For each prompt weights
 w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against the worst:
 
     steered    one policy that is told w, trained on weights of each α; `words` is told them in words
@@ -13,8 +13,9 @@ w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against t
     oracle     a model for each w, dpo on the pairs that w chooses
 
 Held-out captions are drawn under 11 w, 10 of three rewards, and judged by judges that are no rewards, and colour by its
-formula. Steered with α 1, soups and RiC are run for all seeds, the other arms for the first, and so are these three for three
-rewards; --full runs each arm for each seed. What is finished in --work is kept.
+formula. Steered with α 1, soups and RiC are run for all seeds, the other arms for the first, and so are steered and soups for
+style and colour, and these two and RiC for three rewards; --full runs each arm for each seed. What is finished in --work is
+kept.
 """
 
 from __future__ import annotations
@@ -232,6 +233,14 @@ def measure_three(bench: Bench, seeds: Sequence[int]) -> Tree:
     return told(bench, bench.base(), arms)
 
 
+def measure_colour(bench: Bench, seeds: Sequence[int]) -> Tree:
+    arms = {
+        "steered, α 1": [bench.policy("steered-1", 1.0, seed) for seed in seeds],
+        "soups": [bench.soups(seed) for seed in seeds],
+    }
+    return told(bench, bench.base(), arms)
+
+
 def told(bench: Bench, base: list[list[float]], arms: Mapping[str, list[Any]]) -> Tree:
     weights = [list(each.values()) for each in bench.grid]
     return {"base": base, "arms": arms, "captions": bench.prompts, "rewards": list(bench.names), "weights": weights}
@@ -290,8 +299,10 @@ def main() -> None:
     two = measure(Bench(options.work, options.pool, size, capo.NAMES[:2], degree), options.seeds, options.full)
     seeds = options.seeds if options.full else options.seeds[:1]
     three = measure_three(Bench(options.work / "three", options.pool, size, capo.NAMES, min(degree, 3)), seeds)
-    lines = ["Two rewards:", "", *page(two), "", "Three rewards:", "", *page(three)]
-    publish(PAGE, "mo_odpo", lines, {"two": two, "three": three}, quick=options.quick)
+    colour = measure_colour(Bench(options.work / "style-colour", options.pool, size, capo.NAMES[1:], degree), seeds)
+    found = {"Caption and style": two, "Style and colour": colour, "Three rewards": three}
+    lines = [line for title, each in found.items() for line in (f"{title}:", "", *page(each), "")]
+    publish(PAGE, "mo_odpo", lines[:-1], found, quick=options.quick)
 
 
 def parser() -> argparse.ArgumentParser:
