@@ -20,7 +20,7 @@ import numpy as np
 from flowalign.data.columns import PROMPTS, Pictures, detect
 from flowalign.data.readers import Comparisons, open_comparisons, open_rows
 from flowalign.data.records import FileImage, ImageRef, key63
-from flowalign.data.remote import Place, at
+from flowalign.data.remote import Place, at, whole
 from flowalign.data.rows import PICTURES, Rows
 from flowalign.data.writer import address
 from flowalign.errors import DataError, allowed
@@ -82,7 +82,7 @@ class FolderItems(Items):
         return Item(FileImage(str(path), path), str(located / path.name), self._prompt or _beside(path))
 
     def _located(self, path: Path) -> tuple[Path, Path]:
-        return path.parent, Path(os.path.realpath(path.parent))
+        return path.parent, Path(str(whole(path))).parent
 
     def where(self, place: int) -> str:
         return self._files[place]
