@@ -36,8 +36,6 @@ from flowalign.train.loop import Hooks, fit
 from flowalign.train.trainable import trained
 
 SHARE = 0.90
-FIRST = 30
-"""Steps before the first look."""
 SETTINGS = SamplerSettings(steps=STEPS, guidance=GUIDANCE, precision="bf16")
 
 
@@ -45,8 +43,8 @@ class Reached(Exception):
     """The run has the quality; nothing after it is of interest."""
 
 
-def run(base: Path, recipe: dict[str, Any], work: Path, *, seed: int, every: int, encode: bool) -> dict[str, Any]:
-    """Train by `recipe` until the quality is there or its steps are over; what was measured every `every` steps.
+def run(base: Path, recipe: dict[str, Any], work: Path, *, seed: int, every: int, first: int, encode: bool) -> dict[str, Any]:
+    """Train by `recipe` until the quality is there or its steps are over; what was measured every `every` steps from `first`.
 
     recipe: {"settings": {"a.b": value}, "published": whether to work as published scripts do}. encode: really encode at
     every step, where the recipe is the published one; else its arithmetic on cached latents.
@@ -67,7 +65,7 @@ def run(base: Path, recipe: dict[str, Any], work: Path, *, seed: int, every: int
     def judge(step: int) -> None:
         nonlocal seconds, since
         seconds += time.perf_counter() - since
-        if step < FIRST:
+        if step < first:
             since = time.perf_counter()
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -121,6 +119,7 @@ def main() -> None:
     parser.add_argument("what", choices=("sweep", "race"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--every", type=int, default=10, help="steps between two looks")
+    parser.add_argument("--first", type=int, default=20, help="steps before the first look")
     parser.add_argument("--recipes", type=Path, help="a JSON list of recipes instead of the sweep's own")
     parser.add_argument("--json", type=Path, help="also write what was measured here")
     options = parser.parse_args()
@@ -133,7 +132,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 if options.what == "race":
                     recipe = recipe | {"settings": recipe["settings"] | {"data.cache": f"{work}/cache"}}
-                result = run(base, recipe, Path(work), seed=seed, every=options.every, encode=options.what == "race")
+                looks = {"every": options.every, "first": options.first}
+                result = run(base, recipe, Path(work), seed=seed, **looks, encode=options.what == "race")
             found.append(result)
             print(json.dumps({key: value for key, value in result.items() if key != "trace"}), flush=True)
             if options.json:
