@@ -297,6 +297,15 @@ def test_other_settings_do_not_go_on_with_a_run(whole: Path, loop: Make) -> None
         runs.improve(loop(whole, "draw.steps=3", "train.steps=3"), resume=True, progress=False)
 
 
+def test_more_rounds_than_the_base_has_prompts_for_are_refused(loop: Make, tmp_path: Path) -> None:
+    begun = tmp_path / "run"
+    begun.mkdir()
+    (begun / "config.yaml").write_text(config.dump(loop(begun, "draw.prompts=1", "rounds=2")))
+    with pytest.raises(ConfigError, match=r"begun with rounds 2, .* draw.prompts=1 gives each round its own"):
+        runs.improve(loop(begun, "draw.prompts=1", "rounds=3"), resume=True, progress=False)
+    assert not (begun / "rounds").exists()
+
+
 def test_an_alarm_ends_the_loop_and_the_round_before_is_kept(
     loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def test_what_is_kept_draws_under_weights_and_is_exported(whole: Path, tmp_path:
         (["steer.condition=scores"], "a loop judges its own by weights, so set steer.condition=weights"),
         (["steer.objectives=[sharpness, style]"], "steer.objectives names 'style', which is no reward here"),
         (["reference.kind=start"], "reference.kind 'start' is a policy of the loop"),
+        (["train.compile=true"], "train.compile compiles a denoiser that is called by itself"),
         (["reference.kind=ema"], "told no weights; set reference.kind=auto"),
         (["select.by=frs"], "which select.by does not go with"),
         (["select.order=potential"], "which select.order=potential does not go with"),

@@ -13,9 +13,9 @@ w ~ Dirichlet(α·1) are drawn, and the best picture by w·R is chosen against t
     oracle     a model for each w, dpo on the pairs that w chooses
 
 Held-out captions are drawn under 11 w, 10 of three rewards, and judged by judges that are no rewards, and colour by its
-formula. Steered with α 1, soups and RiC are run for all seeds, the other arms for the first, and so are steered and soups for
-style and colour, and these two and RiC for three rewards; --full runs each arm for each seed. What is finished in --work is
-kept.
+formula. Steered with α 1, soups and RiC are run for all seeds, the other arms for the first; for style and colour steered and
+soups for all seeds; for three rewards these two and RiC for the first. --full runs each arm for each seed. What is finished in
+--work is kept.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def main() -> None:
     two = measure(Bench(options.work, options.pool, size, capo.NAMES[:2], degree), options.seeds, options.full)
     seeds = options.seeds if options.full else options.seeds[:1]
     three = measure_three(Bench(options.work / "three", options.pool, size, capo.NAMES, min(degree, 3)), seeds)
-    colour = measure_colour(Bench(options.work / "style-colour", options.pool, size, capo.NAMES[1:], degree), seeds)
+    colour = measure_colour(Bench(options.work / "style-colour", options.pool, size, capo.NAMES[1:], degree), options.seeds)
     found = {"Caption and style": two, "Style and colour": colour, "Three rewards": three}
     lines = [line for title, each in found.items() for line in (f"{title}:", "", *page(each), "")]
     publish(PAGE, "mo_odpo", lines[:-1], found, quick=options.quick)

@@ -71,15 +71,27 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
     _check_steer(config)
     if run.config.is_file():
         free: dict[str, Any] = dict.fromkeys(LATER, True) | {"generator": ASKING}
-        old = configuration.load_tree(ImproveConfig, run.config).model_dump(mode="json", exclude=free)
-        new = config.model_dump(mode="json", exclude=free)
+        begun = configuration.load_tree(ImproveConfig, run.config)
+        old, new = begun.model_dump(mode="json", exclude=free), config.model_dump(mode="json", exclude=free)
         different = [name for name in new if new[name] != old[name]]
         if different:
             raise ConfigError(
                 f"{run.path} was begun with another {' and '.join(different)}; a loop goes on with the settings it has, but "
                 f"for {', '.join(sorted(LATER - {'output'}))}, so give another folder with --output."
             )
+        _check_rounds(config, begun.rounds, run)
     return trained_on(config)
+
+
+def _check_rounds(config: ImproveConfig, before: int, run: RunDir) -> None:
+    """Raise ConfigError where more rounds have prompts that the base did not draw: all rounds share its calibration."""
+    more, fewer = (len(Loop(config.model_copy(update={"rounds": each})).pool()) for each in (config.rounds, before))
+    if more > fewer:
+        raise ConfigError(
+            f"{run.path} was begun with rounds {before}, and further ones take prompts that its base has not drawn, because "
+            f"draw.prompts={config.draw.prompts} gives each round its own; allowed: rounds up to {before}, or another folder "
+            "with --output."
+        )
 
 
 def _check_steer(config: ImproveConfig) -> None:
@@ -91,6 +103,11 @@ def _check_steer(config: ImproveConfig) -> None:
         raise ConfigError(
             "steer.condition 'scores' learns from pictures that have scores already; a loop judges its own by weights, so set "
             "steer.condition=weights."
+        )
+    if config.train.compile and steer.form == "tokens":
+        raise ConfigError(
+            "train.compile compiles a denoiser that is called by itself, and steer.form 'tokens' calls it with more; set "
+            "train.compile=false, or steer.form=prompt."
         )
     if config.reference.kind in BEGINNING:
         raise ConfigError(
