@@ -169,7 +169,7 @@ class Trainable(Section):
     alpha: Rate | None = None
     """scale of the adapters times `rank`; null is `rank`"""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """names of the modules to adapt; null is the family's choice"""
+    """names of the modules to adapt, or patterns such as up_blocks.*.to_q; null is the family's choice"""
     start: str | None = None
     """a run folder from whose weights training begins; null begins at the model itself"""
     gradient_checkpointing: bool = False

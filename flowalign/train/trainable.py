@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,22 +35,19 @@ def make_trainable(
     LoRA weights are made in float32 whatever the base's dtype, from `seed`.
 
     AdamW steps of a usual learning rate round away in bfloat16, so what learns is always kept in float32.
+    targets: ends of modules' names, or patterns of whole names such as up_blocks.*.to_q, where * stands for any part.
     Raises ConfigError where no module matches `targets`.
     """
     if kind == "lora":
-        config = LoraConfig(
-            r=rank, lora_alpha=rank if alpha is None else alpha, init_lora_weights="gaussian", target_modules=list(targets)
-        )
+        alpha = rank if alpha is None else alpha
+        adapted = _named(policy, targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=adapted)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 policy.add_adapter(config)  # type: ignore[operator]
             except ValueError as error:
-                linear = {name.rpartition(".")[2] for name, m in policy.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-                raise ConfigError(
-                    f"trainable.targets {list(targets)} match no layer of the denoiser; allowed: layer names such as "
-                    f"{', '.join(sorted(linear)[:8])}."
-                ) from error
+                raise _no_layer(policy, targets) from error
     elif kind == "full":
         policy.requires_grad_(True)
     for parameter in policy.parameters():
@@ -57,6 +55,31 @@ def make_trainable(
             parameter.data = parameter.data.float()
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _layers(policy: nn.Module) -> list[str]:
+    return [name for name, module in policy.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _named(policy: nn.Module, targets: Sequence[str]) -> list[str]:
+    """`targets` with the layers that patterns stand for in their place. Raises ConfigError for a pattern of none."""
+    found = []
+    for target in targets:
+        names = [name for name in _layers(policy) if fnmatchcase(name, target)] if "*" in target else [target]
+        if not names:
+            raise _no_layer(policy, [target])
+        found += names
+    return found
+
+
+def _no_layer(policy: nn.Module, targets: Sequence[str]) -> ConfigError:
+    names = _layers(policy)
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    part = max(names, key=lambda name: name.count(".")).partition(".")[0]
+    return ConfigError(
+        f"trainable.targets {list(targets)} match no layer of the denoiser; allowed: layer names such as "
+        f"{', '.join(ends[:8])}, and patterns such as {part}.*.{ends[-1]}."
+    )
 
 
 def trained(policy: nn.Module) -> dict[str, nn.Parameter]:

@@ -36,6 +36,21 @@ def test_adapters_are_float32_on_a_bfloat16_model_and_start_as_nothing(unet: UNe
     assert next(unet.parameters()).dtype == torch.bfloat16
 
 
+def test_patterns_adapt_the_layers_that_they_match(unet: UNet2DConditionModel) -> None:
+    lora(unet, targets=("up_blocks.*.to_q", "mid_block.*.to_k", "conv_out"))
+    found = {name.partition(".lora_")[0] for name in trained(unet)}
+    layers = {name.removesuffix(".base_layer") for name, _ in unet.named_modules()}
+    wanted = {name for name in layers if name.startswith("up_blocks.") and name.endswith(".to_q")}
+    wanted |= {name for name in layers if name.startswith("mid_block.") and name.endswith(".to_k")}
+    assert found == wanted | {"conv_out"}
+    assert len(wanted) > 2
+
+
+def test_a_pattern_of_no_layer_is_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(ConfigError, match=r"'up_block.\*.to_q'\] match no layer .* such as down_blocks\.\*\.to_v"):
+        lora(unet, targets=("to_q", "up_block.*.to_q"))
+
+
 def test_the_way_from_the_first_weights_is_one_norm_over_all_of_them(unet: UNet2DConditionModel) -> None:
     lora(unet)
     start = {name: parameter.detach().clone() for name, parameter in trained(unet).items()}
