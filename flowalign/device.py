@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -14,6 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 from flowalign.align.reference import BEGINNING
 from flowalign.errors import ConfigError, allowed
 from flowalign.settings import Config, Loop
+from flowalign.train.zero import by_zero, on_cpus, zero_autocast, zero_plugin
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,11 +45,13 @@ def open_accelerator(train: Loop, folder: Path) -> Accelerator:
     if train.precision == "fp16" and device.type == "cpu":
         raise ConfigError("train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16.")
     AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in this process would keep the first one's
-    precision = "no" if train.precision == "fp32" else train.precision
+    zero = zero_plugin(train, device)
+    precision = "no" if zero is not None or train.precision == "fp32" else train.precision  # or DeepSpeed casts weights
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
             cpu=device.type == "cpu",
+            deepspeed_plugin=zero,
             log_with=list(train.trackers) or None,
             project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=train.timeout))],
@@ -54,17 +60,31 @@ def open_accelerator(train: Loop, folder: Path) -> Accelerator:
             accelerator.init_trackers("flowalign")
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train.trackers {list(train.trackers)} cannot be used: {error}") from error
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
+    # accelerate shards on GPUs only and would go on without a word; what it then does works on CPUs as well.
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and zero is not None:
+        on_cpus(accelerator, zero)
+    elif accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError(
-            f"accelerate's configuration asks for {kind.value}, whose saved states cannot be resumed here; allowed: plain data "
-            "parallelism and FSDP 2, as in configs/accelerate/ddp.yaml and fsdp2.yaml."
+            "accelerate's configuration asks for FSDP 1, whose saved states cannot be resumed here; allowed: plain data "
+            "parallelism, FSDP 2 and DeepSpeed's ZeRO, as in configs/accelerate/ddp.yaml, fsdp2.yaml and deepspeed.yaml."
         )
     return accelerator
+
+
+def choose_autocast(accelerator: Accelerator, train: Loop) -> Callable[[], AbstractContextManager[Any]]:
+    """What sets the precision of a forward pass."""
+    return zero_autocast(accelerator, train) if by_zero(accelerator) else accelerator.autocast
+
+
+def choose_layout(accelerator: Accelerator) -> torch.memory_format:
+    """How convolutions lie in memory. Tensor cores take them channels-last without a transposition; a CPU was slower with it
+    (docs/performance.md), and DeepSpeed flattens and sends weights in the usual order only."""
+    last = accelerator.device.type == "cuda" and not by_zero(accelerator)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:

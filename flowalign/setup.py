@@ -25,16 +25,16 @@ from flowalign.align.carried import Carried
 from flowalign.align.checks import check
 from flowalign.align.fill import fill_banks
 from flowalign.align.merged import open_merged
-from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types, type_seed
+from flowalign.align.mixture import Annotators, MixtureStep, by_type, make_annotators, of_types
 from flowalign.align.personal import personal_policy
 from flowalign.align.reference import BEGINNING, MOVING, Following, following, standing, with_reference
 from flowalign.align.steer import Steered, by_part, contrast_of, steered_policy
 from flowalign.align.step import PreferenceStep
-from flowalign.align.timesteps import Importance
+from flowalign.chosen import choose_chunk, choose_importance, choose_timesteps, choose_trainable
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream, sequential
-from flowalign.errors import ConfigError
+from flowalign.device import choose_autocast, choose_layout
 from flowalign.families.base import CONTEXT, Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
@@ -44,7 +44,8 @@ from flowalign.train.optimizer import make_optimizer
 from flowalign.train.quantized import quantize
 from flowalign.train.ranks import Ranks
 from flowalign.train.start import read_start
-from flowalign.train.trainable import assemble, make_trainable, trained
+from flowalign.train.trainable import assemble, trained
+from flowalign.train.zero import Zero, by_zero, zero_prepare
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Prepared:
     """The denoiser that learns, as a plain module."""
     model: nn.Module
     """The same, prepared for ranks, precision and compilation: what is called."""
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Zero
     ema: dict[str, Tensor] | None
     step: PreferenceStep
     train: PairDataset
@@ -188,43 +189,6 @@ def load_objective(config: Config) -> tuple[Any, dict[str, Any]]:
     return objective, defaults | knobs
 
 
-def choose_timesteps(config: Config, family: Family) -> str:
-    """The sampler of times: the family's own unless another is named. Importance sampling learns on top of the family's."""
-    return family.timesteps if config.train.timesteps in ("auto", "importance") else config.train.timesteps
-
-
-def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
-    """Turn on gradients for what the configuration trains of `policy`, the denoiser or several. Raises ConfigError."""
-    wanted = config.trainable
-    for place, each in enumerate(by_type(policy)):
-        make_trainable(
-            each,
-            wanted.kind,
-            rank=wanted.rank,
-            alpha=wanted.alpha,
-            targets=wanted.targets or family.lora_targets,
-            seed=type_seed(config.train.seed, place),
-            gradient_checkpointing=wanted.gradient_checkpointing,
-        )
-
-
-def choose_chunk(config: Config) -> int | None:
-    """Pictures that go through the denoiser together; None where all do."""
-    return config.train.chunk if config.train.backward == "chunked" else None
-
-
-def choose_importance(config: Config, accelerator: Accelerator) -> Importance | None:
-    """What learns which times to draw, where that is asked for. Raises ConfigError."""
-    if config.train.timesteps != "importance":
-        return None
-    if config.reference.bank is not None:
-        raise ConfigError(
-            "train.timesteps 'importance' learns which times to draw, and with reference.bank "
-            f"{config.reference.bank} each comparison keeps its own; set reference.bank=null, or train.timesteps=auto."
-        )
-    return Importance(accelerator.device, accelerator.gather)
-
-
 def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) -> Prepared:
     """Load, cache and build all parts of an alignment. Raises UserErrors for what cannot be used."""
     ranks = Ranks(accelerator, config.train.timeout)
@@ -258,8 +222,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if config.users is not None:
         about["users"] = config.users.model_dump(mode="json") | {"names": list(train.users)}
     about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
-    # Tensor cores take convolutions channels-last without a transposition; a CPU was slower with it (docs/performance.md).
-    layout = torch.channels_last if accelerator.device.type == "cuda" else torch.contiguous_format
+    layout, autocast = choose_layout(accelerator), choose_autocast(accelerator, config.train)
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.
     own_kernels = not (config.train.compile or config.trainable.gradient_checkpointing)
@@ -286,7 +249,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         knobs=knobs,
         timesteps=timesteps,
         device=accelerator.device,
-        autocast=forwards(accelerator.autocast, accelerator.device, kernels=own_kernels),
+        autocast=forwards(autocast, accelerator.device, kernels=own_kernels),
         memory_format=layout,
         between=config.train.timestep_range,
         num_chosen=train.cached.num_chosen,
@@ -319,9 +282,13 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         reference = standing(policy, frozen, lora=lora)
     if config.reference.kind in BEGINNING and lora:
         anchor = compiled(reference)
-    optimizer = make_optimizer(config.train, list(trained(policy).values()), accelerator.device)
+    learning = list(trained(policy).values())
+    optimizer = make_optimizer(config.train, learning, accelerator.device)
     plain = copy.deepcopy(policy).to("cpu") if accelerator.is_fsdp2 and ranks.main else None
-    model, optimizer = accelerator.prepare(compiled(policy), optimizer)
+    if by_zero(accelerator):
+        model, optimizer = zero_prepare(accelerator, compiled(policy), optimizer, learning, autocast)
+    else:
+        model, optimizer = accelerator.prepare(compiled(policy), optimizer)
     if accelerator.is_fsdp2 and reference is not None:
         fsdp2_prepare_model(accelerator, frozen)
     # Precision is the step's own autocast; accelerate's wrapper would also follow the policy into diffusers pipelines.

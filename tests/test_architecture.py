@@ -39,7 +39,7 @@ LAYERS = (
     ("train",),
     ("evaluate", "report", "serve"),
     ("sources",),
-    ("device",),
+    ("device", "chosen"),
     ("setup",),
     ("watch", "probe"),
     ("plan",),

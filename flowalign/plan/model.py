@@ -17,11 +17,12 @@ from flowalign.align.personal import expected_names, personal_policy
 from flowalign.align.reference import MOVING, following, standing, with_reference
 from flowalign.align.steer import Steered, contrast_of, steered_policy
 from flowalign.align.step import PreferenceStep
+from flowalign.chosen import choose_chunk, choose_timesteps, choose_trainable
 from flowalign.data.batch import Batch
 from flowalign.families.base import CONTEXT, Family
 from flowalign.families.outline import META
 from flowalign.settings import Config
-from flowalign.setup import choose_chunk, choose_timesteps, choose_trainable, load_family, load_objective
+from flowalign.setup import load_family, load_objective
 from flowalign.train.start import read_start
 
 

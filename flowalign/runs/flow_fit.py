@@ -27,6 +27,7 @@ from flowalign.train.optimizer import make_optimizer
 from flowalign.train.ranks import Ranks
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import trained
+from flowalign.train.zero import by_zero
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def train_field(
     """From the newest saved state to the last step; whether it got there, and the seconds. The field has its averaged weights.
 
     begin: writes what the folder says of the run; called once a saved state was accepted, in the process that writes.
-    Raises CheckpointError for a state that belongs to other settings, NonFiniteError as `fit` does, and ConfigError under FSDP.
+    Raises CheckpointError for a state that belongs to other settings, NonFiniteError as `fit` does, and ConfigError under FSDP
+    and DeepSpeed.
     """
-    if accelerator.is_fsdp2:
+    if accelerator.is_fsdp2 or by_zero(accelerator):
         raise ConfigError("a flow's field is small and is not sharded; use configs/accelerate/ddp.yaml.")
     ranks = Ranks(accelerator, cfg.timeout)
     model.to(accelerator.device)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError
 from flowalign.files import atomic_folder
-from flowalign.train.ranks import Ranks, differences, gathered, scattered
+from flowalign.train.ranks import Ranks, Sharded, differences, gathered, scattered
+from flowalign.train.zero import Zero
 
 
 @dataclass
@@ -23,7 +24,7 @@ class State:
     """What changes while training. `step` counts finished optimiser steps; the data position follows from it."""
 
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Zero
     ema: dict[str, Tensor] | None
     scaler: torch.amp.GradScaler | None = None
     """Loss scale of fp16."""
@@ -35,14 +36,17 @@ class State:
     good: int | None = None
     """Step of the newest state that was found good, which is kept however old it grows."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        out = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+    def tensors(self) -> dict[str, Tensor | Sharded]:
+        """By the names of a state file; what lies in shards is put together by `gathered`, one at a time."""
+        out: dict[str, Tensor | Sharded] = {f"parameter/{name}": each.detach() for name, each in self.parameters.items()}
         if self.ema is not None:
             out |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
         out |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer/{key}/{names[index]}": torch.as_tensor(value) for key, value in slots.items()}
+            for key, value in slots.items():
+                whole = value if isinstance(value, Sharded) else torch.as_tensor(value)
+                out[f"optimizer/{key}/{names[index]}"] = whole
         return out
 
 
@@ -54,7 +58,7 @@ def save(folder: Path, state: State, about: dict[str, object], keep: int, *, wri
     path = folder / f"step-{state.step:08d}"
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.tensors().items():
-        whole = gathered(tensor.detach())
+        whole = gathered(tensor).detach()
         if write:  # clones: safetensors refuses tensors that share memory, and a shared step counter is such a tensor
             tensors[name] = whole.cpu().contiguous().clone()
     if not write:
@@ -128,11 +132,12 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
             tensor.copy_(scattered(tensors[f"ema/{name}"], tensor))
         for name, tensor in state.learned.items():
             tensor.copy_(tensors[f"learned/{name}"])
+    parts = isinstance(state.optimizer, Zero)  # it cuts its part out of whole tensors, wherever they are
     slots: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(state.parameters.items()):
         mine = {k.split("/")[1]: v for k, v in tensors.items() if k.startswith("optimizer/") and k.split("/", 2)[2] == name}
         if mine:
-            slots[index] = {key: _laid_out_like(parameter, value) for key, value in mine.items()}
+            slots[index] = mine if parts else {key: _laid_out_like(parameter, value) for key, value in mine.items()}
     state.optimizer.load_state_dict({"state": slots, "param_groups": state.optimizer.state_dict()["param_groups"]})
     if state.scaler is not None and saved.get("scaler"):
         state.scaler.load_state_dict(saved["scaler"])

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
 from flowalign.settings import Loop
 from flowalign.train.checkpoint import State, save
-from flowalign.train.ranks import Ranks, gathered
+from flowalign.train.optimizer import make_descent
+from flowalign.train.ranks import Ranks
 
 Step = Callable[[Batch, Keyed], tuple[Tensor, dict[str, Tensor]]]
 T = TypeVar("T")
@@ -79,6 +80,7 @@ def fit(
     Raises NonFiniteError before a broken state could be saved.
     """
     rng, ranks = Keyed(cfg.seed), Ranks(accelerator, cfg.timeout)
+    descent = make_descent(accelerator, model, state, cfg.clip_norm)
     parameters = list(state.parameters.values())
     per_step = cfg.batch_size * cfg.accumulation * accelerator.num_processes
     stream = batches(state.step * per_step)
@@ -153,20 +155,16 @@ def fit(
                 group["lr"] = rate
             for micro in range(cfg.accumulation):
                 last = micro == cfg.accumulation - 1
-                with accelerator.no_sync(model) if not last else nullcontext():
+                with descent.micro_step(last):
                     loss, metrics = step(next(stream), rng)
-                    # Accelerator.backward divides by the accumulation it was told of; here that is 1, so divide once, by hand.
-                    accelerator.backward(loss.mean() / cfg.accumulation)
+                    # accelerate divides by the accumulation it was told of; here that is 1, so divide once, by hand.
+                    descent.backward(loss.mean() / cfg.accumulation, last)
                 for name, value in metrics.items():
                     mean = value.mean() / cfg.accumulation
                     sums[name] = sums[name] + mean if name in sums else mean
-            accelerator.unscale_gradients()
-            largest = cfg.clip_norm if cfg.clip_norm is not None else math.inf
-            norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, largest))
+            norm = descent.step()
             if accelerator.scaler is None:  # with fp16 an overflowing step is skipped by the scaler, and is no error
                 sums["grad_norm"] = sums["grad_norm"] + norm if "grad_norm" in sums else norm
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
             if state.ema is not None:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - float(cfg.ema or 0))

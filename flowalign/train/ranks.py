@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -94,9 +94,17 @@ def peers(count: int) -> Iterator[None]:
         ) from error
 
 
-def gathered(tensor: Tensor) -> Tensor:
+@runtime_checkable
+class Sharded(Protocol):
+    """What lies over the processes in parts: a DTensor, or a moment that DeepSpeed keeps."""
+
+    def full_tensor(self) -> Tensor:
+        """The whole of it; every process must ask."""
+
+
+def gathered(tensor: Tensor | Sharded) -> Tensor:
     """The whole of a tensor that lies in shards; every process must ask. Others come back as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, Sharded) else tensor
 
 
 def scattered(tensor: Tensor, like: Tensor) -> Tensor:
