@@ -97,9 +97,10 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
             "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
         )
-    if accelerator.is_fsdp2 and config.train.backward == "chunked":
+    if (accelerator.is_fsdp2 or by_zero(accelerator)) and config.train.backward == "chunked":
+        once = "DeepSpeed adds up gradients" if by_zero(accelerator) else "FSDP 2 gathers weights"
         raise ConfigError(
-            "train.backward 'chunked' runs the denoiser again while gradients flow, and FSDP 2 gathers weights for one pass; "
-            "set train.backward=joint with trainable.gradient_checkpointing=true, or use configs/accelerate/ddp.yaml."
+            f"train.backward 'chunked' runs the denoiser again while gradients flow, and {once} for one pass; set "
+            "train.backward=joint with trainable.gradient_checkpointing=true, or use configs/accelerate/ddp.yaml."
         )
     return accelerator

@@ -84,7 +84,7 @@ def lost(settings: config.Config, count: int, port: int) -> int:
 
         def counted(self: PreferenceStep, *arguments: Any) -> Any:
             out = step(self, *arguments)
-            if self.policy.training and next(calls) == 7:
+            if torch.is_grad_enabled() and next(calls) == 7:  # not while validating
                 os.kill(os.getpid(), signal.SIGKILL)
             return out
 
