@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_accelerator(train: Loop, folder: Path) -> Accelerator:
-    """An Accelerator for the device, precision and trackers of whatever is trained. Raises ConfigError."""
+    """An Accelerator for the device, precision and trackers of whatever is trained. Raises ConfigError, MissingExtraError."""
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     device = choose_device(train.device)

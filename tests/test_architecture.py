@@ -193,6 +193,15 @@ def test_no_public_function_takes_any_keyword(path: Path) -> None:
     assert not names, f"name the keywords of {names}"
 
 
+def test_one_module_knows_deepspeed_and_imports_it_where_it_is_used() -> None:
+    knowing = {module(path) for path in FILES if any(name.partition(".")[0] == "deepspeed" for name in imports(path))}
+    assert knowing == {"train.zero"}
+    (path,) = (path for path in FILES if module(path) == "train.zero")
+    assert not any(
+        "deepspeed" in ast.unparse(node) for node in tree(path).body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
 @each_file
 def test_no_module_is_too_long_to_read(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")

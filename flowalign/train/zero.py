@@ -29,8 +29,12 @@ OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumula
 PRECISION = ("fp16", "bf16", "torch_autocast")
 OFFLOAD = ("offload_optimizer", "offload_param")
 KNOWN = {*OURS, *PRECISION, "zero_optimization", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer"}
-BUCKETS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "allgather_partitions", "reduce_scatter", "overlap_comm"}
-"""Of zero_optimization: how much is sent at a time. What begins with stage3_ has no effect here."""
+BUCKETS = {
+    *("stage", "reduce_bucket_size", "allgather_bucket_size"),
+    *("allgather_partitions", "reduce_scatter", "overlap_comm", "contiguous_gradients"),
+}
+"""Of zero_optimization: how much is sent at a time. What begins with stage3_ has no effect here. round_robin_gradients is not
+among them: with it DeepSpeed 0.19.8 gives the moments of one parameter for those of another."""
 
 
 def by_zero(accelerator: Accelerator) -> bool:

@@ -1,7 +1,7 @@
 """Runs in processes that a test can kill. Not a test: `python forks.py kill|ranks ...`; imports are paid for once, runs fork.
 
 kill CONFIG KILLS SEED    align again and again, killed at random moments, then once to the end
-ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, hung, unlike, apart and keep, see there
+ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, hung, unlike, apart, back and keep, see there
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import torch
 from flowalign import config, runs
 from flowalign.align.step import PreferenceStep
 from flowalign.runs import training
+from flowalign.train.checkpoint import State, go_back
+from flowalign.train.loop import Verdict
+from flowalign.watch import Recorder
 
 torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
@@ -94,6 +97,28 @@ def lost(settings: config.Config, count: int, port: int) -> int:
     return ranks(settings, count, port, before)
 
 
+def back(settings: config.Config, count: int, port: int) -> int:
+    """In a folder beside; after step 4 the guard takes the run back to step 2, once."""
+
+    def before(index: int) -> config.Config:
+        judge, turns = Recorder.judge, iter(range(1))
+
+        def judged(self: Recorder, state: State, broken: bool) -> Verdict:
+            verdict = judge(self, state, broken)
+            if state.step == 4 and next(turns, None) is not None:
+                state.good = 2
+                go_back(self._run.states, state, self._ready.about, self._ready.ranks)
+                if self._ready.ranks.main:
+                    self._run.rewind(state.step)
+                return "back"
+            return verdict
+
+        Recorder.judge = judged  # type: ignore[method-assign]
+        return settings.model_copy(update={"output": f"{settings.output}-back"})
+
+    return ranks(settings, count, port, before)
+
+
 def hung(settings: config.Config, count: int, port: int) -> int:
     """The last process stops answering after it has prepared everything, and ends only much later."""
 
@@ -123,6 +148,7 @@ def keep(settings: config.Config, count: int, port: int) -> int:
 
 if __name__ == "__main__":
     names, path, first, second = sys.argv[1:]
-    commands = {"kill": kill, "ranks": ranks, "lost": lost, "hung": hung, "unlike": unlike, "apart": apart, "keep": keep}
+    commands = {"kill": kill, "ranks": ranks, "lost": lost, "hung": hung, "unlike": unlike, "apart": apart, "back": back}
+    commands["keep"] = keep
     for place, name in enumerate(names.split(",")):  # one after the other, in one process that has imported everything
         print(name, commands[name](config.load(path), int(first), int(second) + place), flush=True)

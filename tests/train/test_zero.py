@@ -115,8 +115,8 @@ def asked(patch: pytest.MonkeyPatch, stage: str = "2") -> None:
 
 @pytest.fixture(scope="module")
 def apart(settings: Make, tmp_path_factory: pytest.TempPathFactory, installed: None) -> Callable[[str], Path]:
-    """apart("2"): the folder of two processes under ZERO 2: run-apart was left alone, run lost a process and went on,
-    run-kept is a copy of it as it lay there, with the state of step 2."""
+    """apart("2"): the folder of two processes under ZeRO 2: run-apart was left alone, run lost a process and went on, run-kept
+    is a copy of it as it lay there, with the state of step 2, run-back was taken back to step 2 after step 4."""
     made: dict[str, Path] = {}
 
     def run(stage: str) -> Path:
@@ -124,8 +124,8 @@ def apart(settings: Make, tmp_path_factory: pytest.TempPathFactory, installed: N
             folder = made[stage] = tmp_path_factory.mktemp(f"zero-{stage}")
             with pytest.MonkeyPatch.context() as patch:
                 asked(patch, stage)
-                codes, said = forks("apart,lost,keep,ranks", spread(settings, folder / "run", 2), folder, 2, free_port())
-            assert codes == {"apart": 0, "lost": 1, "keep": 0, "ranks": 0}, said
+                codes, said = forks("apart,lost,keep,ranks,back", spread(settings, folder / "run", 2), folder, 2, free_port())
+            assert codes == {"apart": 0, "lost": 1, "keep": 0, "ranks": 0, "back": 0}, said
             assert "PeerError: another process of this run ended or stopped answering" in said
         return made[stage]
 
@@ -184,6 +184,13 @@ def test_a_killed_run_under_zero_goes_on_in_the_same_bits(apart: Callable[[str],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_run_under_zero_that_is_taken_back_ends_in_the_same_bits(apart: Callable[[str], Path], stage: str) -> None:
+    """Moments that are there already are replaced in place."""
+    assert_same_run(apart(stage) / "run-apart", apart(stage) / "run-back", "lora")
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_one_plain_process_goes_on_from_a_state_of_zero(
     settings: Make, apart: Callable[[str], Path], alone: Callable[..., Path], tmp_path: Path
@@ -211,6 +218,25 @@ def test_zero_goes_on_from_a_state_of_one_plain_process(
     for name, tensor in state(alone()).items():
         if not name.startswith("learned/"):
             torch.testing.assert_close(state(tmp_path / "run")[name], tensor, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+def test_bf16_under_zero_is_that_of_two_plain_processes(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What learns stays float32 and the frozen base bfloat16: any other rounding would be seen in the third digit."""
+    for name in ("plain", "zero"):
+        if name == "zero":
+            asked(monkeypatch)
+        made = spread(settings, tmp_path / name, 2, "train.precision=bf16", "train.steps=4")
+        codes, said = forks("ranks", made, tmp_path, 2, free_port())
+        assert codes == {"ranks": 0}, said
+    one, other = state(tmp_path / "plain"), state(tmp_path / "zero")
+    assert one.keys() == other.keys()
+    for name in (name for name in one if not name.startswith("learned/")):
+        assert other[name].dtype == torch.float32
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
