@@ -23,6 +23,7 @@ from flowalign.settings import AUTO, Config, Objective
 from flowalign.setup import Prepared, load_objective, prepare
 from flowalign.train.checkpoint import State
 from flowalign.train.loop import Hooks, fit
+from flowalign.train.ranks import Ranks
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import trained
 
@@ -55,7 +56,8 @@ def suggest(
     switches = config.switches.model_copy(update={"beta": "fixed", "annotator_types": 1})
     parts = {"objective": Objective(name=config.objective.name, **start), "switches": switches}
     parts["train"] = config.train.model_copy(update=train)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        folder = Ranks(accelerator, config.train.timeout).gather(own)[0]  # the first process's, which is the one that writes
         copied = config.model_copy(update={**parts, "output": folder})
         ready = prepare(copied, accelerator, progress=progress)
         _train(ready, Path(folder), progress)
@@ -98,7 +100,10 @@ def _margins(ready: Prepared) -> Tensor:
         terms = step.terms(batch, rng)
         towards = (2 * terms.preference - 1).sign()
         found.append((terms.margin * towards)[towards != 0])
-    return ready.accelerator.reduce(torch.cat(found).double(), "mean").cpu()
+    margins = torch.cat(found).double()
+    if ready.held_out is None:  # every process has batches of its own
+        return torch.tensor(list(chain.from_iterable(ready.ranks.gather(margins.tolist()))), dtype=torch.float64)
+    return ready.accelerator.reduce(margins, "mean").cpu()
 
 
 def factor(margins: Tensor, beta: float) -> float:

@@ -107,6 +107,21 @@ def test_a_steered_policy_in_shards_is_that_of_one(
     assert (apart > 1e-6).float().mean() < 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("held_out", [True, False])
+def test_two_processes_find_the_beta_of_one(settings: Make, tmp_path: Path, held_out: bool) -> None:
+    learns = ("trainable.kind=full", "train.learning_rate=1e-3", "train.steps=2", "objective.beta=auto")
+    learns += ("switches.target_factor=0.45", *(() if held_out else ("data.validation=null", "data.held_out=0")))
+    both, one = (settings(tmp_path / f"{size}", *learns, f"train.batch_size={size}") for size in (3, 6))
+    codes, said = forks("ranks", both, tmp_path, 2, free_port())
+    assert codes == {"ranks": 0}, said
+    runs.align(one, progress=False)
+    left, right = (json.loads((tmp_path / size / "beta.json").read_text()) for size in ("3", "6"))
+    assert left["beta"] == pytest.approx(right["beta"], rel=1e-3)
+    assert left["margin"]["deviation"] == pytest.approx(right["margin"]["deviation"], rel=1e-3)
+
+
 def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:
     sentence = "the processes of this run are not alike: train.learning_rate is 0.0001 in process 0 and 0.5 in process 1"
     assert two[1].count(f"ConfigError: {sentence}") == 2  # each of them says so
