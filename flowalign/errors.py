@@ -4,6 +4,7 @@ FlowalignError                 anything flowalign reports on purpose
 ├── UserError        exit 2    the input is wrong: says the value, what is allowed, and the next step
 │   ├── ConfigError            a configuration file or a --set override
 │   ├── DataError              comparisons, pictures, prompts
+│   │   └── NoneUsableError    not one of the comparisons that were asked for can be used
 │   ├── CheckpointError        a model, a run folder, saved state
 │   └── MissingExtraError      an optional package that this feature needs
 └── RunError         exit 1    the input was fine and the run failed
@@ -17,7 +18,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class FlowalignError(Exception):
@@ -38,6 +40,16 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data source, row or picture that cannot be used."""
+
+
+class NoneUsableError(DataError):
+    """Not one of the comparisons that were asked for can be used."""
+
+    def __init__(self, bad: Sequence[Any]) -> None:
+        """bad: all of them, each with a `reason`."""
+        first = f"; the first reason: {bad[0].reason}" if bad else ""
+        super().__init__(f"none of the {len(bad)} comparisons can be used{first}")
+        self.bad = tuple(bad)
 
 
 class CheckpointError(UserError):

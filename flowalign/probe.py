@@ -21,6 +21,7 @@ from flowalign.errors import ConfigError, RunError
 from flowalign.rng import Keyed
 from flowalign.settings import AUTO, Config, Objective
 from flowalign.setup import Prepared, load_objective, prepare
+from flowalign.sources import OWN_BATCHES
 from flowalign.train.checkpoint import State
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import Ranks
@@ -30,8 +31,6 @@ from flowalign.train.trainable import trained
 STEPS, TARGET = 25, 0.3
 BESIDE = (0.25, 0.5, 1.0, 2.0, 4.0)
 """β of the table, as multiples of the suggested one."""
-OWN_BATCHES = 16
-"""Of the run's own, where nothing is held out."""
 QUANTILES = (0.05, 0.5, 0.95)
 
 

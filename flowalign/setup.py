@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -221,7 +220,7 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
     if config.users is not None:
         about["users"] = config.users.model_dump(mode="json") | {"names": list(train.users)}
-    about["data"] = {"comparisons": len(train), "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest()}
+    about["data"] = train.cached.about
     layout, autocast = choose_layout(accelerator), choose_autocast(accelerator, config.train)
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,38 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowalign.data.attached import attached_to
-from flowalign.data.batch import Conditioning
 from flowalign.data.cache import LatentCache
-from flowalign.data.cached import Cached
+from flowalign.data.cached import Cached, by_first_use
+from flowalign.data.encoding import Batches, Encoder, Fitted, encode_images, encode_prompts, latent_shape
 from flowalign.data.forecast import Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
 from flowalign.data.records import Comparison, key63
 from flowalign.data.weights import in_order, scores_in_order, wording
-from flowalign.errors import DataError, NonFiniteError
-
-
-class Encoder(Protocol):
-    """The part of a Family that filling needs."""
-
-    multiple: int
-
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels `[B, 3, H, W]` in [0, 1] -> (mean, std), each `[B, C, h, w]`."""
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts -> conditioning `[B, ...]`, padded to a length that does not depend on the other prompts."""
-
-
-class Fitted(NamedTuple):
-    """A picture ready to be encoded."""
-
-    pixels: np.ndarray
-    """uint8 `[3, H, W]`"""
-    geometry: tuple[int, ...]
-    """see `images.geometry`"""
-    attached: Mapping[str, Tensor]
-    """see `Attached.tensors`"""
+from flowalign.errors import DataError, NoneUsableError
 
 
 class Ranks(Protocol):
@@ -89,6 +66,8 @@ class _Ready:
 
 BLOCK = 64
 """Rows in a row whose pictures one process reads, where they lie in the rows themselves: neighbours lie together."""
+TOGETHER = 4
+"""Rows that a thread prepares before it takes the next."""
 ELSEWHERE = bytes(32)
 """Stands for the sha256 of a picture that another process reads."""
 ROW = [("id", "i8"), ("prompt", "i8"), ("told", "i8"), ("preference", "f4"), ("weight", "f4"), ("masked", "?")]
@@ -129,8 +108,8 @@ def fill(
     every batch has exactly `batch_size` rows (the last is padded by repeating its last row): kernels are chosen by shape
     and treat rows alike. Another batch_size may change the last bits of new entries; entries that exist are kept as they are.
 
-    Raises DataError if no comparison is usable, if they differ in their number of pictures, or if the disk is too small,
-    ConfigError if the resolution does not suit the family, NonFiniteError if an encoder gives NaN or infinity.
+    Raises NoneUsableError if no comparison is, DataError if they differ in their number of pictures, or if the disk is too
+    small, ConfigError if the resolution does not suit the family, NonFiniteError if an encoder gives NaN or infinity.
     """
     check_on_bad_row(on_bad_row)
     check_resolution(cache.resolution, family.multiple)
@@ -141,8 +120,8 @@ def fill(
         if ranks.index == 0:
             forecast.check(kind, entry, indices[step + 1 :], len(flips) if kind == "pictures" else 1)
 
-    images = _Batches(batch_size, partial(_encode_images, cache, family), partial(foresee, "pictures"))
-    texts = _Batches(batch_size, partial(_encode_prompts, cache, family), partial(foresee, "prompts"))
+    images = Batches(batch_size, partial(encode_images, cache, family), partial(foresee, "pictures"))
+    texts = Batches(batch_size, partial(encode_prompts, cache, family), partial(foresee, "prompts"))
     prompts: dict[str, int] = {}
     judges: dict[str, int] = {}
     reasons: dict[int, str] = {}  # why this process cannot use a row of `indices`
@@ -151,7 +130,7 @@ def fill(
     weights = np.full((len(indices), len(objectives)), np.nan, np.float32)
     shape: tuple[int, int] | None = None
     inside = True
-    kept = _shape(cache, family) if attached else ()
+    kept = latent_shape(cache, family) if attached else ()
     prepare = partial(_prepare, cache, comparisons, flips, ranks, kept, attached, objectives, by_picture)
 
     if ranks.index == 0 and not (path := cache.prompt_path("")).exists():
@@ -198,11 +177,10 @@ def fill(
     bad = tuple(BadRow(int(indices[step]), found[step]) for step in sorted(found))
     good = np.setdiff1d(np.arange(len(indices)), [*found])
     if shape is None or not len(good):
-        first = f"; the first reason: {bad[0].reason}" if bad else ""
-        raise DataError(f"none of the {len(indices)} comparisons can be used{first}")
+        raise NoneUsableError(bad)
     rows = rows[good]
-    texts, places = _in_order(prompts, np.concatenate([rows["prompt"], rows["told"]]))
-    names, annotator = _in_order(judges, rows["annotator"])
+    texts, places = by_first_use(list(prompts), np.concatenate([rows["prompt"], rows["told"]]))
+    names, annotator = by_first_use(list(judges), rows["annotator"])
     return Cached(
         indices=np.asarray(indices, dtype=np.int64)[good],
         pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
@@ -225,21 +203,6 @@ def fill(
     )
 
 
-@torch.no_grad()
-def _shape(cache: LatentCache, family: Encoder) -> tuple[int, ...]:
-    """`(C, h, w)` of a picture's latents."""
-    mean, _ = family.encode_images(torch.zeros(1, 3, cache.resolution, cache.resolution))
-    return tuple(mean.shape[1:])
-
-
-def _in_order(texts: Mapping[str, int], places: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """The texts that rows name, in the order of the rows, whatever rows this process could not use, and each row's place."""
-    known = tuple(texts)
-    used, first_seen, place = np.unique(places, return_index=True, return_inverse=True)
-    order = np.argsort(first_seen)
-    return tuple(known[each] for each in used[order]), np.argsort(order)[place]
-
-
 def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:
     """`[N]`, NaN where it cannot be said."""
     scores = comparison.scores or {}
@@ -249,61 +212,25 @@ def _score(comparison: Comparison, rewards: Mapping[str, float]) -> np.ndarray:
     return np.sum([weight * np.asarray(scores[name]) for name, weight in wanted.items()], axis=0)
 
 
-class _Batches:
-    """Collects distinct entries and hands them on `size` at a time, the last ones padded to `size`."""
-
-    def __init__(self, size: int, encode: Callable[[list[Path], list[Any]], None], written: Callable[[Path], None]) -> None:
-        self._size, self._encode, self._written = size, encode, written
-        self._pending: dict[Path, Any] = {}
-
-    def add(self, path: Path, item: Any) -> None:
-        if path in self._pending or path.exists():  # it may have been encoded since the reading thread looked
-            return
-        self._pending[path] = item
-        if len(self._pending) == self._size:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending:
-            paths, items = list(self._pending), list(self._pending.values())
-            self._encode(paths, items + items[-1:] * (self._size - len(items)))
-            self._pending.clear()
-            self._written(paths[0])
-
-
-@torch.no_grad()
-def _encode_images(cache: LatentCache, family: Encoder, paths: list[Path], pictures: list[Fitted]) -> None:
-    mean, std = family.encode_images(torch.from_numpy(np.stack([picture.pixels for picture in pictures])).float() / 255)
-    mean, std = mean.float().cpu(), std.float().cpu()
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise NonFiniteError(
-            "the picture encoder gives NaN or infinity; run it in float32, or use a VAE made for half precision"
-        )
-    for row, path in enumerate(paths):
-        cache.write_image(path, mean[row], std[row], pictures[row].geometry, pictures[row].attached)
-
-
-@torch.no_grad()
-def _encode_prompts(cache: LatentCache, family: Encoder, paths: list[Path], prompts: list[str]) -> None:
-    tensors = {name: tensor.cpu() for name, tensor in family.encode_prompts(prompts).tensors.items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise NonFiniteError("the prompt encoder gives NaN or infinity; run it in float32 or bfloat16")
-    for row, path in enumerate(paths):
-        cache.write_prompt(path, {name: tensor[row] for name, tensor in tensors.items()})
-
-
 def _prepared(
-    prepare: Callable[[int], _Ready | DataError], indices: Iterable[int], workers: int
+    prepare: Callable[[int], _Ready | DataError], indices: Sequence[int] | np.ndarray, workers: int
 ) -> Iterator[_Ready | DataError]:
-    """What the threads made of each place, in order; a few rows ahead of the encoder and no more."""
-    waiting: deque[Future[_Ready | DataError]] = deque()
+    """What the threads made of each place, in order; a few rows ahead of the encoder and no more.
+
+    Handing a thread something takes as long as reading a small picture, so they get a few rows at a time.
+    """
+    waiting: deque[Future[list[_Ready | DataError]]] = deque()
+
+    def several(places: Sequence[int]) -> list[_Ready | DataError]:
+        return [prepare(place) for place in places]
+
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
-        for place in map(int, indices):
-            waiting.append(pool.submit(prepare, place))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
+        for start in range(0, len(indices), TOGETHER):
+            waiting.append(pool.submit(several, [int(each) for each in indices[start : start + TOGETHER]]))
+            if len(waiting) > workers:
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
 
 
 def _prepare(

@@ -17,10 +17,12 @@ from flowalign.data.batch import Batch, Conditioning
 from flowalign.data.cache import LatentCache, distinct
 from flowalign.data.cached import Cached
 from flowalign.data.records import key63
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, DataError
 from flowalign.rng import Keyed
 
 MEMORY = 2 * 2**30
+UNKNOWN, BROKEN = -2, -1
+"""In the place of a comparison's index: it was not prepared, or cannot be."""
 
 
 class Item(NamedTuple):
@@ -162,6 +164,9 @@ class PairDataset(Dataset[Batch]):
 class PairStream:
     """Batches without end. Position p holds comparison `permutation("order", epoch)[p mod n]` with epoch = p div n.
 
+    Of a source of which only a part was prepared, the permutation is one of all N that there are, without those that have a
+    broken picture; an order does not depend on what was prepared, but the stream ends where what comes next was not.
+
     Order, mirroring and caption dropout are keyed by (seed, comparison, epoch), so a stream does not depend on batch
     size, ranks, workers, or where it was taken up again; all pictures of a comparison share one decision. If `cached`
     has both variants of its pictures, each draw is mirrored with probability 1/2.
@@ -204,7 +209,7 @@ class PairStream:
         self._cycle = cycle
 
     def __iter__(self) -> Iterator[Batch]:
-        """From the starting position; each call starts there anew."""
+        """From the starting position; each call starts there anew. Raises DataError after the last that was prepared."""
         loader: DataLoader[Batch] = DataLoader(
             self.dataset,
             batch_sampler=self._items(),
@@ -213,7 +218,11 @@ class PairStream:
             num_workers=self._workers,
             pin_memory=self._pin,
         )
-        return iter(loader)
+        yield from loader
+        raise DataError(
+            f"only the {len(self.dataset)} comparisons were prepared that so many steps see, and a place after them was asked "
+            "for; raise train.steps."
+        )
 
     def covering(self, draw: int) -> Iterator[Batch]:
         """Every comparison once, in order, at one of its draws, in batches of this rank's size, the last one filled up."""
@@ -224,9 +233,9 @@ class PairStream:
 
     def _items(self) -> Iterator[list[Item]]:
         share = self.batch_size // self._world_size
-        start, orders = self.position + self._rank * share, _Orders(self._keyed, len(self.dataset))
-        while True:
-            yield [self._item(place, *orders.at(place)) for place in range(start, start + share)]
+        start, orders = self.position + self._rank * share, _Orders(self._keyed, self.dataset.cached)
+        while None not in (found := [orders.at(place) for place in range(start, start + share)]):
+            yield [self._item(start + place, *each) for place, each in enumerate(found) if each is not None]
             start += self.batch_size
 
     def _item(self, position: int, index: int, epoch: int) -> Item:
@@ -242,16 +251,29 @@ class PairStream:
 class _Orders:
     """The order of the epoch that was asked for last; ranks and batches walk forward."""
 
-    def __init__(self, keyed: Keyed, length: int) -> None:
-        self._keyed, self._length, self._epoch = keyed, length, -1
-        self._order = torch.empty(0)
+    def __init__(self, keyed: Keyed, cached: Cached) -> None:
+        self._keyed, self._cached, self._epoch = keyed, cached, -1
+        self._order = np.empty(0, np.int64)
+        among = cached.among
+        self._whole = among is None or len(cached) + len(among.broken) == among.total
 
-    def at(self, position: int) -> tuple[int, int]:
-        """Index and epoch at a position."""
-        epoch, place = divmod(position, self._length)
+    def at(self, position: int) -> tuple[int, int] | None:
+        """Index and epoch at a position; None after the last that was prepared."""
+        epoch, place = divmod(position, len(self._cached)) if self._whole else (0, position)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._keyed.permutation("order", epoch, self._length)
-        return int(self._order[place]), epoch
+            self._epoch, self._order = epoch, self._made(epoch)
+        return (int(self._order[place]), epoch) if place < len(self._order) else None
+
+    def _made(self, epoch: int) -> np.ndarray:
+        among = self._cached.among
+        if among is None:
+            return self._keyed.permutation("order", epoch, len(self._cached)).numpy()
+        index = np.full(among.total, UNKNOWN)
+        index[among.place], index[among.broken] = np.arange(len(self._cached)), BROKEN
+        order = index[self._keyed.permutation("order", epoch, among.total).numpy()]
+        unknown = np.flatnonzero(order == UNKNOWN)
+        order = order[: unknown[0]] if len(unknown) else order
+        return order[order != BROKEN]
 
 
 def sequential(dataset: PairDataset, batch_size: int) -> Iterator[Batch]:

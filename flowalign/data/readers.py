@@ -38,11 +38,12 @@ class Comparisons(Sequence[Comparison]):
         pictures: Pictures,
         order: str = "given",
     ) -> None:
-        self.rows, self.convention, self._order = rows, convention, order
-        self._columns, self._index, self._pictures = dict(columns), index, pictures
+        """index: of each comparison, its row `[n]` or its rows `[n, M]`; None where every row is one."""
+        self.rows, self.convention, self.columns, self.order = rows, convention, dict(columns), order
+        self.index, self._pictures = index, pictures
 
     def __len__(self) -> int:
-        return len(self.rows) if self._index is None else len(self._index)
+        return len(self.rows) if self.index is None else len(self.index)
 
     @overload
     def __getitem__(self, place: int) -> Comparison: ...
@@ -52,29 +53,29 @@ class Comparisons(Sequence[Comparison]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         place = range(len(self))[place]
-        numbers = [place] if self._index is None else [int(each) for each in np.atleast_1d(self._index[place])]
+        numbers = [place] if self.index is None else [int(each) for each in np.atleast_1d(self.index[place])]
         source = self.rows.where(numbers[0])
         try:
             rows = [self._row(each) for each in numbers]
             fields = self.convention.build(*rows)
             found = Comparison(prompt=rows[0].prompt, annotator=rows[0].annotator, source=source, **fields)
-            return found if self._order == "given" else found.reversed()
+            return found if self.order == "given" else found.reversed()
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
 
     def number(self, place: int) -> int:
         """Which of `rows` a comparison is, or begins with."""
-        return place if self._index is None else int(np.atleast_1d(self._index[place])[0])
+        return place if self.index is None else int(np.atleast_1d(self.index[place])[0])
 
     def select(self, places: Sequence[int]) -> Comparisons:
         """These comparisons only, in this order."""
-        index = np.arange(len(self.rows)) if self._index is None else self._index
+        index = np.arange(len(self.rows)) if self.index is None else self.index
         chosen = index[np.asarray(places, dtype=np.int64)]
-        return Comparisons(self.rows, self.convention, self._columns, chosen, self._pictures, self._order)
+        return Comparisons(self.rows, self.convention, self.columns, chosen, self._pictures, self.order)
 
     def _row(self, number: int) -> Row:
         values = self.rows.row(number)
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             values[name] = values.get(column)
         return Row(values, number, self._pictures)
 
@@ -198,6 +199,11 @@ def split_by_prompt(comparisons: Sequence[Comparison], fraction: float, seed: in
             hashes[place] = key63(seed, "split", comparisons[place].prompt)
         except DataError:
             continue
+    return held_out_of(hashes, fraction)
+
+
+def held_out_of(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """`split_by_prompt` from the hash of each comparison's prompt, int64; -1 for rows that cannot be read."""
     prompts = np.unique(hashes[hashes >= 0])
     count = round(fraction * len(prompts))
     if fraction > 0 and len(prompts) > 1:

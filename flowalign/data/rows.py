@@ -10,6 +10,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from flowalign.data.records import SpanImage
 from flowalign.data.remote import Place, mapped
 from flowalign.errors import DataError
@@ -113,7 +115,7 @@ class TarRows(Rows):
 
     def __init__(self, paths: Sequence[Place]) -> None:
         self.paths, self.folder = list(paths), paths[0].parent
-        self._suffixes: list[str] = []
+        self.suffixes: tuple[str, ...] = ()
         self._offsets, self._sizes, self._kinds = array("q"), array("q"), array("i")  # per member
         self._first, self._shards = array("q"), array("i")  # per row
         self._shard_rows = array("q")  # number of the shard's first row
@@ -132,7 +134,7 @@ class TarRows(Rows):
                 self._sizes.append(size)
                 self._kinds.append(kinds.setdefault(suffix, len(kinds)))
         self._first.append(len(self._offsets))
-        self._suffixes = list(kinds)
+        self.suffixes = tuple(kinds)
         columns: dict[str, None] = {}
         for number in range(min(len(self), 16)):
             try:
@@ -148,23 +150,39 @@ class TarRows(Rows):
         path = self.paths[self._shards[number]]
         values: dict[str, Any] = {}
         for member in range(self._first[number], self._first[number + 1]):
-            suffix = self._suffixes[self._kinds[member]]
+            suffix = self.suffixes[self._kinds[member]]
             span = SpanImage(f"{number}:{suffix}", path, self._offsets[member], self._sizes[member])
-            column, _, ending = suffix.rpartition(".")
-            if ending.lower() in PICTURES:
-                values[column or "image"] = span
-            elif ending in ARRAYS:
-                values[column or "noise"] = span
-            elif ending == "txt":
-                values[column or "prompt"] = span.read().decode("utf-8", "replace").strip()
-            elif ending == "json":
+            column, kind = self.column_of(suffix)
+            if kind == "text":
+                values[column] = span.read().decode("utf-8", "replace").strip()
+            elif kind == "table":
                 try:
                     values |= json.loads(span.read())
                 except (ValueError, TypeError) as error:
                     raise DataError(f"its .json member is not a JSON object ({error}); repair or remove the sample") from None
             else:
-                values[suffix] = span
+                values[column] = span
         return values
+
+    @staticmethod
+    def column_of(suffix: str) -> tuple[str, str]:
+        """Name of the column that a member with this suffix fills, and what it is: picture, array, text, table or other."""
+        column, _, ending = suffix.rpartition(".")
+        if ending.lower() in PICTURES:
+            return column or "image", "picture"
+        if ending in ARRAYS:
+            return column or "noise", "array"
+        if ending == "txt":
+            return column or "prompt", "text"
+        return suffix, "table" if ending == "json" else "other"
+
+    def members(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row its first member (and the end of the last), of each member its place in `suffixes`, offset and size, of
+        each row its place in `paths`.
+        """
+        first, offsets, sizes = (np.frombuffer(each, np.int64) for each in (self._first, self._offsets, self._sizes))
+        kinds, shards = (np.frombuffer(each, np.int32) for each in (self._kinds, self._shards))
+        return first, kinds, offsets, sizes, shards
 
     def where(self, number: int) -> str:
         shard = self._shards[number]

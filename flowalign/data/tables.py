@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ TABLE_BYTES = 512 * 2**20
 
 
 class ParquetRows(Rows):
-    """Parquet shards in the order given. Picture columns (binary or {bytes, path}) are read only when a picture is asked for.
+    """Parquet shards in the order given. `pictures`, columns (binary or {bytes, path}), are read only when one is asked for.
 
     What is read at a time is one row group of one column. Raises DataError for files that are not Parquet.
     """
@@ -51,8 +51,8 @@ class ParquetRows(Rows):
         ]  # empty shards have no group
         (schema,) = schemas
         self.columns = tuple(schema.names)
-        self._pictures = tuple(field.name for field in schema if _is_picture(field.type))
-        self._plain = tuple(name for name in self.columns if name not in self._pictures)
+        self.pictures = tuple(field.name for field in schema if _is_picture(field.type))
+        self._plain = tuple(name for name in self.columns if name not in self.pictures)
         self._tables: OrderedDict[tuple[int, tuple[str, ...]], pa.Table] = OrderedDict()
         self._block: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class ParquetRows(Rows):
             rows = table.slice(start, BLOCK).to_pylist() if self._plain else [{}] * BLOCK
             block = self._block = ((group, place // BLOCK), rows)
         return block[1][place % BLOCK] | {
-            name: CellImage(f"{number}:{name}", table=self, row=number, column=name) for name in self._pictures
+            name: CellImage(f"{number}:{name}", table=self, row=number, column=name) for name in self.pictures
         }
 
     def cell(self, row: int, column: str) -> bytes:
@@ -79,6 +79,17 @@ class ParquetRows(Rows):
             raise DataError(f"{self.paths[0].name} has rows 0 to {len(self) - 1}, not {row}; correct the reference")
         group, place = self._locate(row)
         return payload(self._table(group, (column,)).column(column)[place].as_py(), self.folder)
+
+    def stretches(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """These columns of all rows, a row group at a time, each with the number of its first row; nothing is kept."""
+        for group, (shard, place) in enumerate(self._groups):
+            path = self.paths[shard]
+            try:
+                with pq.ParquetFile(path if isinstance(path, Path) else path.open("rb")) as file:
+                    table = file.read_row_group(place, columns=list(columns), use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"cannot read {str(path)!r} ({reason(error)}); fetch it again") from None
+            yield int(self._starts[group]), table
 
     def where(self, number: int) -> str:
         shard, row = self._in_shard(number)

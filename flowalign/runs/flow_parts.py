@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +143,7 @@ def prepare_flow(config: FlowConfig, accelerator: Accelerator, *, progress: bool
         "field": config.field.model_dump(mode="json") | {"shape": list(settings.shape), "context": settings.context},
         "space": space.fingerprint,
         "contexts": contexts.fingerprint,
-        "data": {
-            "comparisons": len(train),
-            "ids": hashlib.blake2b(train.cached.ids.tobytes(), digest_size=8).hexdigest(),
-        },
+        "data": train.cached.about,
     }
     material = Material(_stream(config, accelerator, train), _fixed(config, held_out), train.cached.num_chosen, about)
     whole = held if held_out is not None else comparisons

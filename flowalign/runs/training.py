@@ -28,6 +28,7 @@ from flowalign.rng import Keyed
 from flowalign.runs.folders import fresh, newest, report
 from flowalign.settings import Config
 from flowalign.setup import Prepared, prepare
+from flowalign.sources import FIRST
 from flowalign.train.checkpoint import State, load, states, step_of
 from flowalign.train.loop import Hooks, fit
 from flowalign.train.ranks import peers
@@ -98,7 +99,7 @@ def _run(config: Config, accelerator: Accelerator, run: RunDir, found: list[Path
     else:
         ready.at_start.self_test(ready.first_batch(), Keyed(config.train.seed))
         plain = replace(ready.step, policy=ready.policy, reference=ready.family.denoiser)  # single pairs: compile nothing
-        few = islice(sequential(ready.train, 1), 8)
+        few = islice(sequential(ready.train, 1), FIRST)
         plain.gains(few, list(trained(ready.policy).values()), Keyed(config.train.seed))
     if accelerator.is_main_process:  # only now: a resume that is refused leaves the folder as it was
         write_text(run.config, configuration.dump(config))

@@ -266,9 +266,9 @@ def test_processes_agree_on_what_is_attached(folder: Path, masks: list[str]) -> 
 def test_an_index_remembers_what_is_attached(folder: Path) -> None:
     dataset = filled(write(folder, [PAIR | {"mask": "left.png", "seed": 1}]), ["noise", "mask"])
     write_index(folder / "index", {"train": dataset.cached}, {})
-    found = read_index(folder / "index", dataset._cache)
+    found = read_index(folder / "index")
     assert found is not None
-    again: Cached = found[0]["train"]
+    again: Cached = found.parts["train"]
     assert again.attached == dataset.cached.attached == ("mask", "noise")
     assert (again.pictures == dataset.cached.pictures).all()
 
