@@ -1,13 +1,16 @@
 """How long a large source takes to open and to give its first batch, and how much memory that needs.
 
-    python benchmarks/data.py [--rows 1000000] [--forms parquet webdataset] [--json FILE]
+    python benchmarks/data.py [--rows 1000000] [--steps 1000] [--pairs 16] [--forms parquet webdataset] [--all] [--json FILE]
 
 Each source is made in a temporary folder: pairs over a few thousand prompts whose pictures are a few hundred tiny PNGs used
 again and again, so that what is measured is the handling of rows and not of pixels. Each line is a process of its own:
 
-    open         the readers alone: open, shuffle, read one picture
-    first start  all that a run does with its data: split, audit, read and hash every picture, encode the distinct ones
-    again        the same once more, from the index that the first start left
+    open           the readers alone: open, shuffle, read one picture
+    first start    all that a run of so many steps does with its data: read all prompts, split, count, and read, hash and encode
+                   the pictures that it sees and those held out
+    again          the same once more, from the index that the first start left
+    all rows       with --all: the first start of a run that sees every row, in an empty cache
+    all rows again
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ def make(form: str, rows: int, path: Path) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def measure(source: str, cache: str, stage: str) -> dict[str, Any]:
+def measure(source: str, cache: str, stage: str, steps: str, pairs: str) -> dict[str, Any]:
     """Seconds of each stage and MiB of memory after it, the libraries' own included."""
     stages: dict[str, Any] = {"before": {"MiB": memory()}}
     clock = time.perf_counter()
@@ -102,12 +105,14 @@ def measure(source: str, cache: str, stage: str) -> dict[str, Any]:
         comparisons[int(order[0])].images[0].read()
         done("opened, shuffled, one picture read")
         return stages
-    tree = {"model": {"checkpoint": "none"}, "data": {"train": source, "cache": cache, "resolution": SIDE}}
+    data = {"train": source, "cache": cache, "resolution": SIDE}
+    tree = {"model": {"checkpoint": "none"}, "data": data, "train": {"steps": int(steps), "batch_size": int(pairs)}}
     ranks = Ranks(SimpleNamespace(num_processes=1, process_index=0), 60.0)
-    train, _, _ = load_data(parse(tree), Encoder(), Path(cache), False, ranks)
+    train, _, summary = load_data(parse(tree), Encoder(), Path(cache), False, ranks)
     done("loaded")
-    next(iter(PairStream(train, 0, batch_size=64)))
+    next(iter(PairStream(train, 0, batch_size=int(pairs))))
     done("first batch")
+    stages["prepared"] = summary["prepared"]
     return stages
 
 
@@ -126,19 +131,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--forms", nargs="+", default=["parquet", "webdataset"], choices=["parquet", "webdataset"])
+    parser.add_argument("--steps", type=int, default=1000, help="of the run")
+    parser.add_argument("--pairs", type=int, default=16, help="that a step sees")
+    parser.add_argument("--all", action="store_true", help="measure a run that sees every row too")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    found: dict[str, Any] = {"rows": options.rows}
+    found: dict[str, Any] = {"rows": options.rows, "steps": options.steps, "pairs": options.pairs}
+    stages = [
+        ("open", "open", "some", options.steps),
+        *((name, "load", "some", options.steps) for name in ("first start", "again")),
+    ]
+    if options.all:
+        stages += [(name, "load", "all", options.rows) for name in ("all rows", "all rows again")]
     for form in options.forms:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / f"votes.{ {'parquet': 'parquet', 'webdataset': 'tar'}[form] }"
             make(form, options.rows, source)
-            for name, stage in (("open", "open"), ("first start", "load"), ("again", "load")):
-                command = [sys.executable, __file__, "--measure", str(source), f"{folder}/cache", stage]
+            for name, stage, cache, steps in stages:
+                command = [sys.executable, __file__, "--measure", str(source), f"{folder}/{cache}", stage]
+                command += [str(steps), str(options.pairs)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found.setdefault(form, {})[name] = json.loads(done.stdout)
                 print(form, name, done.stdout.strip(), flush=True)

@@ -166,7 +166,7 @@ def _describe(store: Path, about: Mapping[str, Any]) -> None:
 
 def _entry(store: Path, *parts: str) -> Path:
     name = hashlib.blake2b("\x1f".join(parts).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
-    return store / name[:2] / f"{name}.safetensors"
+    return Path(f"{store}/{name[:2]}/{name}.safetensors")  # by far quicker than joining, and this runs for every picture
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -22,12 +22,14 @@ KINDS: dict[str, Callable[[Comparison], Iterable[str]]] = {
 class Forecast:
     """Bytes that the rest of a fill will write: distinct pictures times their variants, and distinct prompts.
 
-    Pictures are told apart by their names, so nothing is opened; what is cached already is counted all the same.
+    Pictures are told apart by their names, so nothing is opened; what is cached already is counted all the same. Rows are read
+    once: what is to come of one kind is counted when a first entry of the other is written, if that is earlier.
     """
 
     def __init__(self, folder: Path, comparisons: Sequence[Comparison], *, show: bool) -> None:
         self._folder, self._comparisons, self._show = folder, comparisons, show
         self._planned: dict[str, int] = {}
+        self._named: dict[str, int] = {}
 
     def check(self, kind: str, entry: Path, places: Iterable[int], variants: int = 1) -> None:
         """Say, once for each of KINDS, what `places` will take if every entry is as large as `entry`.
@@ -36,7 +38,8 @@ class Forecast:
         """
         if kind in self._planned:
             return
-        count = len({key63(name) for comparison in self._read(places) for name in KINDS[kind](comparison)}) * variants
+        self._named = self._named or self._count(places)
+        count = self._named[kind] * variants
         self._planned[kind] = count * entry.stat().st_size
         free, whole = shutil.disk_usage(self._folder).free, sum(self._planned.values())
         told = f"caching {count} more {kind} takes about {amount(self._planned[kind])}"
@@ -48,12 +51,17 @@ class Forecast:
         if self._show:
             tqdm.write(f"{told}; {str(self._folder)!r} has {amount(free)} left", file=sys.stderr)
 
-    def _read(self, places: Iterable[int]) -> Iterator[Comparison]:
+    def _count(self, places: Iterable[int]) -> dict[str, int]:
+        """Distinct names of each kind."""
+        found: dict[str, set[int]] = {kind: set() for kind in KINDS}
         for place in places:
             try:
-                yield self._comparisons[int(place)]
+                comparison = self._comparisons[int(place)]
             except DataError:
                 continue
+            for kind, names in KINDS.items():
+                found[kind].update(key63(name) for name in names(comparison))
+        return {kind: len(names) for kind, names in found.items()}
 
 
 def amount(size: float) -> str:

@@ -18,6 +18,8 @@ from flowalign.errors import DataError
 
 BLOCK = 512
 """Bytes of a tar header; files fill multiples of it."""
+AHEAD = 8192
+"""Bytes read at a header: of small files there are several in them."""
 PICTURES = {"png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"}
 ARRAYS = {"npy", "safetensors"}
 
@@ -122,12 +124,12 @@ class TarRows(Rows):
         kinds: dict[str, int] = {}
         for shard, path in enumerate(self.paths):
             self._shard_rows.append(len(self._shards))
-            previous = None
+            previous = "", "\0"  # what no name is
             for name, offset, size in _members(path):
                 folder, _, base = name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                if (folder, stem) != previous:
-                    previous = (folder, stem)
+                if stem != previous[1] or folder != previous[0]:
+                    previous = folder, stem
                     self._first.append(len(self._offsets))
                     self._shards.append(shard)
                 self._offsets.append(offset)
@@ -201,16 +203,22 @@ def _members(path: Place) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of each file. Plain headers, of which there may be millions, are read here; others by tarfile."""
     try:
         with path.open("rb") as file:
-            end = file.seek(0, 2)
-            file.seek(0)
-            while (plain := _plain(header := file.read(BLOCK))) is not None:
+            end, at, begin, read = file.seek(0, 2), 0, 0, b""
+            while True:
+                if at + BLOCK > begin + len(read):
+                    begin, read = file.seek(at), file.read(AHEAD)
+                header = read[at - begin : at - begin + BLOCK]
+                plain = _plain(header)
+                if plain is None:
+                    break
                 name, size = plain
-                yield name, file.tell(), size
-                if file.seek(-(-size // BLOCK) * BLOCK, 1) > end:
+                yield name, at + BLOCK, size
+                at += BLOCK - (-size // BLOCK) * BLOCK
+                if at > end:
                     raise tarfile.ReadError("unexpected end of data")
             if not header.strip(b"\0") and end:
                 return
-            file.seek(-len(header), 1)
+            file.seek(at)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep an object for every member
