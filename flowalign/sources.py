@@ -17,6 +17,7 @@ from flowalign.data.audit import audit
 from flowalign.data.cache import LatentCache
 from flowalign.data.cached import Cached, digest
 from flowalign.data.fill import fill
+from flowalign.data.forecast import Count
 from flowalign.data.index import Known, index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
 from flowalign.data.reach import Reach, Tried, Usable
@@ -173,16 +174,18 @@ class _Loading:
         if usable is not None and usable.bad and data.on_bad_row == "error":
             raise DataError(usable.bad[0].reason)
         if len(held_places):
-            parts["held_out"] = self._fill(held, held_places, (False,))
+            known = texts.count if texts and held is train else None
+            parts["held_out"] = self._fill(held, held_places, (False,), known)
         counts = {}
         for name, part in parts.items():
             source = held if name == "held_out" else train
             counts[name] = texts.audit(part.indices) if texts and source is train else audit(source, part.indices)
         if texts is None or usable is None:
             return Known(parts, counts, None)
-        return Known(parts, {"train": texts.audit(usable.rows), **counts}, Tried(usable))
+        tried, _ = self._reaching(Tried(usable), texts.count)
+        return Known(parts, {"train": texts.audit(usable.rows), **counts}, tried)
 
-    def _reaching(self, tried: Tried) -> tuple[Tried, np.ndarray]:
+    def _reaching(self, tried: Tried, count: Count | None = None) -> tuple[Tried, np.ndarray]:
         """Fill what the run reaches and was not tried yet; bool `[n]` says which of all those are its."""
         reach = reach_of(self.config, self.ranks.count)
         while True:  # what turns out to be broken is stood in for by what comes next in the order
@@ -191,7 +194,7 @@ class _Loading:
             if not len(missing):
                 return tried, reached
             try:
-                cached = self._fill(self._train, missing, self._flips)
+                cached = self._fill(self._train, missing, self._flips, count)
                 tried = tried.more(replace(cached, bad=()), cached.bad)
             except NoneUsableError as error:
                 tried = tried.more(None, error.bad)
@@ -204,7 +207,7 @@ class _Loading:
     def _flips(self) -> tuple[bool, ...]:
         return (False, True) if self.config.data.flip else (False,)
 
-    def _fill(self, source: Comparisons, places: Any, flips: tuple[bool, ...]) -> Cached:
+    def _fill(self, source: Comparisons, places: Any, flips: tuple[bool, ...], count: Count | None = None) -> Cached:
         steer, scores = self.config.steer, self.config.steer is not None and self.config.steer.condition == "scores"
         return fill(
             self.cache,
@@ -218,6 +221,7 @@ class _Loading:
             objectives=steer.objectives if steer else (),
             in_words=steer is not None and steer.form == "prompt" and not scores,
             by_picture=scores,
+            count=count,
             ranks=self.ranks,
             progress=self.progress,
         )

@@ -20,7 +20,7 @@ from flowalign.data.attached import attached_to
 from flowalign.data.cache import LatentCache
 from flowalign.data.cached import Cached, by_first_use
 from flowalign.data.encoding import Batches, Encoder, Fitted, encode_images, encode_prompts, latent_shape
-from flowalign.data.forecast import Forecast
+from flowalign.data.forecast import Count, Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
 from flowalign.data.readers import BadRow, check_on_bad_row
 from flowalign.data.records import Comparison, key63
@@ -89,6 +89,7 @@ def fill(
     objectives: Sequence[str] = (),
     in_words: bool = False,
     by_picture: bool = False,
+    count: Count | None = None,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Cached:
@@ -99,7 +100,7 @@ def fill(
     damaged or too large, or whose fields are wrong, in `bad`; "error" raises the first one's DataError. rewards: which scores
     count, and with what weight; None or empty takes the only one there is. attached: which of "mask" and "noise" are read and
     cached with the latents. objectives: whose weights are read; in_words: prompts with these in them are encoded too;
-    by_picture: the pictures' own scores by them are read instead.
+    by_picture: the pictures' own scores by them are read instead. count: what rows name, where that is known, for the forecast.
 
     Several processes share the work: each reads and encodes the pictures and prompts that are its own, by a hash of their
     names or by the row that holds them, and all get the same Cached. They must see one cache folder.
@@ -114,11 +115,11 @@ def fill(
     check_on_bad_row(on_bad_row)
     check_resolution(cache.resolution, family.multiple)
     ranks, flips, step = ranks or Alone(), tuple(dict.fromkeys(flips)) or (False,), 0
-    forecast = Forecast(cache.folder, comparisons, show=progress)
+    forecast = Forecast(cache.folder, comparisons, show=progress, count=count)
 
     def foresee(kind: str, entry: Path) -> None:
         if ranks.index == 0:
-            forecast.check(kind, entry, indices[step + 1 :], len(flips) if kind == "pictures" else 1)
+            forecast.check(kind, entry, np.asarray(indices[step + 1 :], np.int64), len(flips) if kind == "pictures" else 1)
 
     images = Batches(batch_size, partial(encode_images, cache, family), partial(foresee, "pictures"))
     texts = Batches(batch_size, partial(encode_prompts, cache, family), partial(foresee, "prompts"))

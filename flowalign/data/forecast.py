@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from flowalign.data.records import Comparison, key63
@@ -18,6 +19,9 @@ KINDS: dict[str, Callable[[Comparison], Iterable[str]]] = {
     "prompts": lambda comparison: (comparison.prompt,),
 }
 
+Count = Callable[[np.ndarray], Mapping[str, int]]
+"""Places in the comparisons -> how many distinct ones of each of KINDS they name."""
+
 
 class Forecast:
     """Bytes that the rest of a fill will write: distinct pictures times their variants, and distinct prompts.
@@ -26,19 +30,20 @@ class Forecast:
     once: what is to come of one kind is counted when a first entry of the other is written, if that is earlier.
     """
 
-    def __init__(self, folder: Path, comparisons: Sequence[Comparison], *, show: bool) -> None:
-        self._folder, self._comparisons, self._show = folder, comparisons, show
+    def __init__(self, folder: Path, comparisons: Sequence[Comparison], *, show: bool, count: Count | None = None) -> None:
+        """count: says without reading rows what these places name."""
+        self._folder, self._comparisons, self._show, self._count = folder, comparisons, show, count or self._read
         self._planned: dict[str, int] = {}
         self._named: dict[str, int] = {}
 
-    def check(self, kind: str, entry: Path, places: Iterable[int], variants: int = 1) -> None:
+    def check(self, kind: str, entry: Path, places: np.ndarray, variants: int = 1) -> None:
         """Say, once for each of KINDS, what `places` will take if every entry is as large as `entry`.
 
         Raises DataError where the disk has not that much room.
         """
         if kind in self._planned:
             return
-        self._named = self._named or self._count(places)
+        self._named = self._named or dict(self._count(places))
         count = self._named[kind] * variants
         self._planned[kind] = count * entry.stat().st_size
         free, whole = shutil.disk_usage(self._folder).free, sum(self._planned.values())
@@ -51,12 +56,11 @@ class Forecast:
         if self._show:
             tqdm.write(f"{told}; {str(self._folder)!r} has {amount(free)} left", file=sys.stderr)
 
-    def _count(self, places: Iterable[int]) -> dict[str, int]:
-        """Distinct names of each kind."""
+    def _read(self, places: np.ndarray) -> dict[str, int]:
         found: dict[str, set[int]] = {kind: set() for kind in KINDS}
-        for place in places:
+        for place in places.tolist():
             try:
-                comparison = self._comparisons[int(place)]
+                comparison = self._comparisons[place]
             except DataError:
                 continue
             for kind, names in KINDS.items():

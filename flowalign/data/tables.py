@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,10 @@ from flowalign.data.remote import Place, beside, whole
 from flowalign.data.rows import Rows, open_file
 from flowalign.errors import DataError, reason
 
-BLOCK = 1024
-"""Rows of a Parquet table that become Python objects together."""
-TABLE_BYTES = 512 * 2**20
-"""Row groups kept in memory per Parquet source; one is kept whatever its size."""
+BLOCK = 32
+"""Rows of a Parquet table that become Python objects together; few, as a run may want one row in sixty."""
+TABLE_BYTES = 128 * 2**20
+"""Row groups kept in memory per Parquet source; of the one that is being read, all columns are kept whatever their size."""
 
 
 class ParquetRows(Rows):
@@ -45,10 +46,10 @@ class ParquetRows(Rows):
             groups += [(shard, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._groups = groups
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._shard_starts = self._starts[
-            [i for i, (_, group) in enumerate(groups) if group == 0]
-        ]  # empty shards have no group
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        first = [i for i, (_, group) in enumerate(groups) if group == 0]  # empty shards have no group
+        self._shard_starts = starts[first].tolist()
+        self._bounds = starts.tolist()  # bisect takes a tenth of numpy's time for one number
         (schema,) = schemas
         self.columns = tuple(schema.names)
         self.pictures = tuple(field.name for field in schema if _is_picture(field.type))
@@ -58,7 +59,7 @@ class ParquetRows(Rows):
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._bounds[-1])
 
     def row(self, number: int) -> dict[str, Any]:
         group, place = self._locate(number)
@@ -89,7 +90,7 @@ class ParquetRows(Rows):
                     table = file.read_row_group(place, columns=list(columns), use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"cannot read {str(path)!r} ({reason(error)}); fetch it again") from None
-            yield int(self._starts[group]), table
+            yield self._bounds[group], table
 
     def where(self, number: int) -> str:
         shard, row = self._in_shard(number)
@@ -103,12 +104,11 @@ class ParquetRows(Rows):
     def _in_shard(self, number: int) -> tuple[int, int]:
         """(shard, row in it)"""
         shard, _ = self._groups[self._locate(number)[0]]
-        first = self._shard_starts[np.searchsorted(self._shard_starts, number, side="right") - 1]
-        return shard, number - int(first)
+        return shard, number - self._shard_starts[bisect_right(self._shard_starts, number) - 1]
 
     def _locate(self, number: int) -> tuple[int, int]:
-        group = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return group, number - int(self._starts[group])
+        group = bisect_right(self._bounds, number) - 1
+        return group, number - self._bounds[group]
 
     def _table(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         with self._lock:  # also keeps several threads from reading the same row group at once
@@ -121,8 +121,11 @@ class ParquetRows(Rows):
                 except (pa.ArrowException, OSError, KeyError) as error:
                     raise DataError(f"cannot read {str(path)!r} ({reason(error)}); fetch it again") from None
                 self._tables[group, columns] = table
-                while len(self._tables) > 1 and sum(kept.nbytes for kept in self._tables.values()) > TABLE_BYTES:
-                    self._tables.popitem(last=False)
+                room = TABLE_BYTES - sum(kept.nbytes for kept in self._tables.values())
+                for old in [each for each in self._tables if each[0] != group]:
+                    if room >= 0:
+                        break
+                    room += self._tables.pop(old).nbytes
             self._tables.move_to_end((group, columns))
             return self._tables[group, columns]
 

@@ -47,6 +47,11 @@ class Texts:
         """As `split_by_prompt`, with the seed that they were read with."""
         return held_out_of(self.prompts, fraction)
 
+    def count(self, places: np.ndarray) -> dict[str, int]:
+        """How many distinct pictures and prompts these rows name, as a forecast wants it."""
+        pictures = self.shape[0] * len(places) if self.names is None else len(np.unique(self.names[places]))
+        return {"pictures": pictures, "prompts": len(np.unique(self.prompts[places]))}
+
     def audit(self, places: np.ndarray) -> dict[str, Any]:
         """As `audit` of these rows, all of which can be read."""
         prompts, count = np.unique(self.prompts[places], return_counts=True)
