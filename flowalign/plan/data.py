@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flowalign.align.fill import stored_for
 from flowalign.data.audit import audit
+from flowalign.data.reach import Usable
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt
+from flowalign.data.texts import Texts, pictures_apart, read_texts
 from flowalign.errors import DataError
 from flowalign.plan.model import Outline
 from flowalign.settings import Config
+from flowalign.sources import prepares_all, reach_of
 
 EXACTLY = 20_000
 """Sources of so many rows are read through; of larger ones only the rows are counted."""
@@ -26,15 +30,17 @@ class Counted:
     train: int | None
     held_out: int | None
     pictures: int | None
-    """Distinct ones, or at most so many."""
+    """Distinct ones of the comparisons that are prepared, or at most so many."""
     prompts: int | None
-    """Distinct ones, or at most so many."""
+    """The same."""
     exact: bool
     """False: every picture and prompt is taken to be another, ties and bad rows to be used."""
     per_comparison: int = 2
     num_chosen: int = 1
     note: str = ""
     """Why something is not known, or how it was estimated."""
+    prepared: int | None = None
+    """How many comparisons the run sees or holds out, where no others are prepared; None: all are, or it is not known."""
 
     def disk(self, outline: Outline, config: Config) -> dict[str, int | None]:
         """Bytes of the caches, without each entry's header (some 300) and what the file system rounds up to.
@@ -90,12 +96,18 @@ def count(config: Config, comparisons: int | None = None) -> Counted:
                 known, None, None, None, False, per_comparison, num_chosen, "; ".join(filter(None, [note, str(error)]))
             )
     total = known + (len(validation) if validation is not None else 0)
+    partly = source is not None and not prepares_all(config) and pictures_apart(source)
     if source is not None and total <= EXACTLY:
-        return replace(_through(config, source, validation, per_comparison, num_chosen), note=note)
+        counted = replace(_through(config, source, validation, per_comparison, num_chosen), note=note)
+        texts = read_texts(source, config.train.seed) if partly else None
+        return counted if texts is None else _seen(config, texts, validation, counted)
     held = len(validation) if validation is not None else round(data.held_out * known)
     train = known if validation is not None else known - held
     said = f"only rows are counted, as there are more than {EXACTLY:,}" if source is not None else note
-    return Counted(train, held, total * per_comparison, total, False, per_comparison, num_chosen, said)
+    reach = reach_of(config, 1)
+    prepared = held + min(train, reach.positions + reach.first + reach.prompts) if partly else total
+    lazy = prepared if prepared < total else None
+    return Counted(train, held, prepared * per_comparison, prepared, False, per_comparison, num_chosen, said, lazy)
 
 
 def _through(config: Config, source: Comparisons, validation: Comparisons | None, pictures: int, chosen: int) -> Counted:
@@ -110,6 +122,20 @@ def _through(config: Config, source: Comparisons, validation: Comparisons | None
         train, held = used
     distinct = (sum(each[name] for each in found) for name in ("pictures", "prompts"))
     return Counted(train, held, *distinct, True, pictures, chosen)
+
+
+def _seen(config: Config, texts: Texts, validation: Comparisons | None, counted: Counted) -> Counted:
+    """What of it the run prepares, if no picture is broken."""
+    places, held = texts.split(config.data.held_out if validation is None else 0.0)
+    if config.data.tie_policy == "drop":
+        places, held = (each[~texts.ties[each]] for each in (places, held))
+    usable = Usable.of(texts, places)
+    reached = usable.reached(config.train.seed, reach_of(config, 1), np.zeros(len(usable), bool))
+    found = texts.count(np.concatenate([usable.rows[reached], held]))
+    beside = {name: 0 if validation is None else audit(validation)[name] for name in found}
+    prepared = int(reached.sum()) + (counted.held_out or 0)
+    pictures, prompts = (found[name] + beside[name] for name in ("pictures", "prompts"))
+    return replace(counted, pictures=pictures, prompts=prompts, prepared=None if reached.all() else prepared)
 
 
 def _open(config: Config, source: str, limit: int | None) -> Comparisons:

@@ -47,6 +47,8 @@ def _data(plan: dict[str, Any]) -> Iterator[str]:
     most = "" if data["exact"] else "at most "
     rows = [("data", "", ""), ("  comparisons", _number(data["train"]), data["note"])]
     rows.append(("  held out", _number(data["held_out"]), ""))
+    if data["prepared"] is not None:
+        rows.append(("  prepared", _number(data["prepared"]), "what the run sees or holds out; no other picture is read"))
     rows.append(("disk for caches", "", ""))
     for name, each, what in (("latents", "per_picture", "pictures"), ("prompts", "per_prompt", "prompts")):
         number = "" if data[what] is None else f"{most}{data[what]:,} {what}, "

@@ -228,6 +228,9 @@ def _data(data: Mapping[str, Any]) -> str:
     bad = data.get("bad_rows", 0)
     words = f"\n\nPictures were cut to {data['resolution']} px squares." if "resolution" in data else ""
     words += f" {bad:,} rows could not be used." if bad else ""
+    seen, all_rows = ((data.get(key) or {}).get(name) for key, name in (("prepared", "train"), ("train", "comparisons")))
+    if seen is not None and all_rows is not None and seen < all_rows:
+        words += f" Of {seen:,} training comparisons pictures were read: those that the run saw."
     return f"## Data\n\n{_table(('', 'comparisons', 'prompts', 'pictures', 'ties', 'source'), rows)}{words}"
 
 

@@ -14,8 +14,12 @@ import pytest
 from flowalign.data.cache import usage
 from flowalign.plan.data import EXACTLY, count
 from flowalign.plan.model import outline
+from flowalign.plan.page import page
+from flowalign.plan.predict import predict
 from flowalign.settings import Config
 from flowalign.setup import Prepared
+from tests.data.test_reach import rows_in
+from tests.data.test_reach import write as write_pairs
 
 Settings = Callable[..., Config]
 
@@ -47,6 +51,20 @@ def _header(path: Path) -> int:
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def test_of_a_table_what_the_run_prepares_is_counted(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    table = write_pairs("parquet", rows_in(), tmp_path)
+    overrides = (f"data.train={table}", "data.validation=null", "data.held_out=0.1", "train.batch_size=1", "train.steps=20")
+    ready = prepared(*overrides, f"data.cache={tmp_path / 'cache'}")
+    found = count(ready.config)
+    assert ready.held_out is not None
+    assert (found.train, found.held_out) == (ready.train.cached.about["comparisons"], len(ready.held_out))
+    assert found.prepared == len(ready.train) + len(ready.held_out)
+    entries = {store["kind"]: store["entries"] for store in usage(tmp_path / "cache")["stores"]}
+    assert entries == {"images": found.pictures, "prompts": found.prompts + 1}
+    shown = page(predict(ready.config, 0.3, {}, None))
+    assert f"prepared {found.prepared} what the run sees or holds out" in " ".join(shown.split())
 
 
 def test_ties_and_bad_rows_are_told_from_the_rest(settings: Settings, tmp_path: Path) -> None:
@@ -105,6 +123,12 @@ def test_a_million_rows_are_counted_without_being_read(
     assert f"{EXACTLY:,}" in found.note
     assert len(groups) == 1
     assert found.disk(outline(config), config)["bank"] == 4 * 2 * (990_000 * 4 + 10_000)
+    assert found.prepared is None  # a bank covers all
+    few = count(settings(tmp_path, *overrides, "train.steps=500", "sample.count=3"))
+    assert few.train == 990_000
+    assert few.prepared == few.prompts == 10_000 + 2 * 500 + 8 + 3  # at most: the first ones may be among the steps'
+    assert few.pictures == 2 * few.prepared
+    assert count(settings(tmp_path, *overrides, "train.steps=600000")).prepared is None
     assert count(settings(tmp_path, *overrides, "data.limit=30000")).train == 29_700
 
 
