@@ -124,7 +124,7 @@ def open_comparisons(
         )
     out = Comparisons(rows, convention, columns or {}, index, pictures, order)
     if tie_policy == "drop":
-        out = out.select([place for place in range(len(out)) if not _is_tie(out, place)])
+        out = out.select(np.flatnonzero(~_ties(out)).tolist())
     return out.select(range(limit)) if limit is not None and limit < len(out) else out
 
 
@@ -212,11 +212,20 @@ def held_out_of(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nda
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _is_tie(comparisons: Comparisons, place: int) -> bool:
-    try:
-        return comparisons[place].is_tie
-    except DataError:
-        return False  # a bad row stays, so that it is reported
+def _ties(comparisons: Comparisons) -> np.ndarray:
+    """bool `[n]`; a bad row is none and stays, so that it is reported."""
+    from flowalign.data.texts import read_texts  # which reads what is opened here
+
+    texts = read_texts(comparisons, 0)
+    if texts is not None:
+        return texts.ties
+    found = np.zeros(len(comparisons), bool)
+    for place in range(len(comparisons)):
+        try:
+            found[place] = comparisons[place].is_tie
+        except DataError:
+            continue
+    return found
 
 
 def _format_of(source: str) -> str:

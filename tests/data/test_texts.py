@@ -58,6 +58,9 @@ def test_texts_of_plain_tables_are_what_rows_say_one_by_one(tmp_path: Path) -> N
         path = write("parquet", rows, tmp_path / name, **source)
         for options in ({}, {"order": "reversed"}, {"limit": 41}, {"tie_policy": "drop"}):
             same_texts(open_comparisons(path, **options))
+    dropped = open_comparisons(path, tie_policy="drop").index
+    assert dropped is not None
+    assert dropped.tolist() == [place for place in range(60) if place % 6 != 1]
     columns = {"title": "prompt", "good": "chosen", "poor": "rejected", "sure": "preference"}
     table = pq.read_table(path)
     table = table.rename_columns([{old: new for new, old in columns.items()}.get(name, name) for name in table.column_names])
