@@ -97,7 +97,7 @@ def load_data(
     )
     parts, counts = _Loading(config, family, cache, ranks, progress and ranks.main).parts()
     family.release_encoders()
-    bad = [row for name in ("train", "held_out") if name in parts for row in parts[name].bad]
+    bad = [row for part in parts.values() for row in part.bad]
     if ranks.main:
         write_bad_rows(folder / "bad_rows.jsonl", bad)
     summary = {
@@ -133,7 +133,8 @@ class _Loading:
         if tried is not None:
             tried, reached = self._reaching(tried)
             mine = tried.of(reached)
-            parts, kept = {**parts, "train": mine}, {**parts, "train": tried.cached or mine}
+            held = {name: part for name, part in parts.items() if name != "train"}
+            parts, kept = {"train": mine, **held}, {"train": tried.cached or mine, **held}
         changed = known is None or tried is not known.tried
         if index and changed and self.ranks.main and all(part.inside for part in kept.values()):
             write_index(index, kept, found.about, tried)
@@ -157,7 +158,7 @@ class _Loading:
         return all(self.cache.holds(each.pictures, each.flips, each.prompts) for each in parts.values())
 
     def _first(self) -> Known:
-        """Nothing is known: open, split, and fill what is held out; train too, where all of it is prepared."""
+        """Nothing is known: open, split, count, and fill what the run sees, or all."""
         data, seed = self.config.data, self.config.train.seed
         train = self._train
         texts = None if prepares_all(self.config) else read_texts(train, seed)
@@ -168,22 +169,24 @@ class _Loading:
             held = train
             places, held_places = texts.split(data.held_out) if texts else split_by_prompt(train, data.held_out, seed)
         parts: dict[str, Cached] = {}
+        tried: Tried | None = None
         if texts is None:
             parts["train"] = self._fill(train, places, self._flips)
-        usable = None if texts is None else Usable.of(texts, places)
-        if usable is not None and usable.bad and data.on_bad_row == "error":
-            raise DataError(usable.bad[0].reason)
+        else:
+            tried = Tried(Usable.of(texts, places))
+            if tried.usable.bad and data.on_bad_row == "error":
+                raise DataError(tried.usable.bad[0].reason)
+            tried, _ = self._reaching(tried, texts.count)
         if len(held_places):
-            known = texts.count if texts and held is train else None
-            parts["held_out"] = self._fill(held, held_places, (False,), known)
+            count = texts.count if texts and held is train else None
+            parts["held_out"] = self._fill(held, held_places, (False,), count)
         counts = {}
         for name, part in parts.items():
             source = held if name == "held_out" else train
             counts[name] = texts.audit(part.indices) if texts and source is train else audit(source, part.indices)
-        if texts is None or usable is None:
-            return Known(parts, counts, None)
-        tried, _ = self._reaching(Tried(usable), texts.count)
-        return Known(parts, {"train": texts.audit(usable.rows), **counts}, tried)
+        if texts and tried:
+            counts["train"] = texts.audit(tried.usable.rows)
+        return Known(parts, counts, tried)
 
     def _reaching(self, tried: Tried, count: Count | None = None) -> tuple[Tried, np.ndarray]:
         """Fill what the run reaches and was not tried yet; bool `[n]` says which of all those are its."""
