@@ -1,6 +1,7 @@
 """How long a large source takes to open and to give its first batch, and how much memory that needs.
 
-    python benchmarks/data.py [--rows 1000000] [--steps 1000] [--pairs 16] [--forms parquet webdataset] [--all] [--json FILE]
+    python benchmarks/data.py [--rows 1000000] [--steps 1000] [--pairs 16] [--held-out 0.05] [--all]
+        [--forms parquet webdataset] [--json FILE]
 
 Each source is made in a temporary folder: pairs over a few thousand prompts whose pictures are a few hundred tiny PNGs used
 again and again, so that what is measured is the handling of rows and not of pixels. Each line is a process of its own:
@@ -89,7 +90,7 @@ def make(form: str, rows: int, path: Path) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
-def measure(source: str, cache: str, stage: str, steps: str, pairs: str) -> dict[str, Any]:
+def measure(source: str, cache: str, stage: str, steps: str, pairs: str, held_out: str) -> dict[str, Any]:
     """Seconds of each stage and MiB of memory after it, the libraries' own included."""
     stages: dict[str, Any] = {"before": {"MiB": memory()}}
     clock = time.perf_counter()
@@ -105,7 +106,7 @@ def measure(source: str, cache: str, stage: str, steps: str, pairs: str) -> dict
         comparisons[int(order[0])].images[0].read()
         done("opened, shuffled, one picture read")
         return stages
-    data = {"train": source, "cache": cache, "resolution": SIDE}
+    data = {"train": source, "cache": cache, "resolution": SIDE, "held_out": float(held_out)}
     tree = {"model": {"checkpoint": "none"}, "data": data, "train": {"steps": int(steps), "batch_size": int(pairs)}}
     ranks = Ranks(SimpleNamespace(num_processes=1, process_index=0), 60.0)
     train, _, summary = load_data(parse(tree), Encoder(), Path(cache), False, ranks)
@@ -133,14 +134,15 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=["parquet", "webdataset"], choices=["parquet", "webdataset"])
     parser.add_argument("--steps", type=int, default=1000, help="of the run")
     parser.add_argument("--pairs", type=int, default=16, help="that a step sees")
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of the prompts, all of whose rows are prepared too")
     parser.add_argument("--all", action="store_true", help="measure a run that sees every row too")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(*options.measure)))
         return
-    found: dict[str, Any] = {"rows": options.rows, "steps": options.steps, "pairs": options.pairs}
+    found: dict[str, Any] = {"rows": options.rows, "steps": options.steps, "pairs": options.pairs, "held out": options.held_out}
     stages = [
         ("open", "open", "some", options.steps),
         *((name, "load", "some", options.steps) for name in ("first start", "again")),
@@ -153,7 +155,7 @@ def main() -> None:
             make(form, options.rows, source)
             for name, stage, cache, steps in stages:
                 command = [sys.executable, __file__, "--measure", str(source), f"{folder}/{cache}", stage]
-                command += [str(steps), str(options.pairs)]
+                command += [str(steps), str(options.pairs), str(options.held_out)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found.setdefault(form, {})[name] = json.loads(done.stdout)
                 print(form, name, done.stdout.strip(), flush=True)
