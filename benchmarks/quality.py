@@ -5,8 +5,9 @@
 
 "Published" is what scripts do: pictures and prompts are encoded at every step, the reference runs live, attention is the
 library's, times are uniform and the rate is constant. Ours reads a bank and adapts the up blocks alone. Both get the best rates
-of their sweep. A run has the quality when the share of Fluent drawings among 120 held-out captions is 0.90 and their caption match has not fallen outside of its
-interval. Drawing and judging are off the clock; encoding and filling the bank are on it where the cache is fresh.
+of their sweep. A run has the quality when the share of Fluent drawings among 120 held-out captions is 0.90 and their caption
+match has not fallen outside of its interval. Drawing and judging are off the clock; encoding and filling the bank are on it
+where the cache is fresh.
 """
 
 from __future__ import annotations

@@ -67,13 +67,17 @@ def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_pat
 
 @pytest.fixture
 def steered(votes: Path, tmp_path: Path) -> tuple[str, ...]:
-    """Settings of a policy that is told weights of two objectives."""
+    """Settings of a policy that is told weights of two objectives.
+
+    Pictures have the names they have beside the votes: rows' ids, and all that is drawn by them, are the same in every run.
+    """
     rows = [json.loads(line) for line in votes.read_text().splitlines()]
     for place, row in enumerate(rows):
-        row |= {side: str(votes.parent / row[side]) for side in ("chosen", "rejected")}
         row["objective_weights"] = {"red": place / 11, "blue": 1 - place / 11}
-    (tmp_path / "told.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = (f"data.train={tmp_path / 'told.jsonl'}", f"data.validation={tmp_path / 'told.jsonl'}")
+    shutil.copytree(votes.parent, tmp_path / "told")
+    told = tmp_path / "told" / "told.jsonl"
+    told.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = (f"data.train={told}", f"data.validation={told}")
     return (*data, "steer={objectives: [red, blue], hidden: 8, dropout: 0.3}")
 
 
