@@ -38,6 +38,7 @@ from benchmarks.papers.stages import TINY, Tree, align, draw, kept, options_of, 
 from flowalign import runs
 from flowalign.data.writer import write_comparisons
 from flowalign.demo import GUIDANCE, STEPS, held_out_captions
+from flowalign.evaluate.compare import mean_with_interval
 from flowalign.evaluate.pareto import MultiObjective, against, multi_objective
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SamplerSettings, write_images
@@ -268,8 +269,9 @@ def page(found: Tree) -> list[str]:
         *(f"{name}, w 0 → 1" for name in measures),
         *(f"ρ {name}" for name in measures),
         "w·s",
+        "w·s over soups",
         "hypervolume",
-        "over soups",
+        "hypervolume over soups",
     ]
     lines = [f"| arm | {' | '.join(head)} |", f"|---|{'---|' * len(head)}"]
     for name, scores in found["arms"].items():
@@ -280,9 +282,12 @@ def page(found: Tree) -> list[str]:
         ends = [f"{raw[asked[:, k] == 0, k].mean():.3f} → {raw[asked[:, k] == 1, k].mean():.3f}" for k in range(len(measures))]
         soups = scaled(base, found["arms"]["soups"][: len(scores)])  # of the same seeds
         gain = "" if name == "soups" else _interval(against(soups, values, prompts, start).hypervolume, "+")
+        more = ""
+        if name != "soups" and soups.shape == values.shape:  # the oracle's weights are others
+            more = _interval(mean_with_interval(((values - soups) * asked).sum(2).mean(1), prompts), "+")
         steer = [_interval(each) for each in figures.steerability]
-        shown = [str(len(scores)), *ends, *steer, _interval(figures.mean_inner_product), _interval(figures.hypervolume), gain]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
+        reach = [_interval(figures.mean_inner_product), more, _interval(figures.hypervolume), gain]
+        lines.append(f"| {name} | {' | '.join([str(len(scores)), *ends, *steer, *reach])} |")
     means = ", ".join(f"{name} {value:.3f}" for name, value in zip(measures, base.mean(0), strict=True))
     return [*lines, "", f"The base: {means}. Held-out captions: {len(base)}."]
 
