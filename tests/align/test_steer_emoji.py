@@ -48,9 +48,11 @@ def drawn_under(run: Path, prompts: list[str]) -> list[list[Image.Image]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["tokens", "prompt"])
-def test_the_style_of_the_pictures_follows_the_weights(root: Path, tmp_path: Path, form: str) -> None:
-    """With the weights swapped the same figures fail: the order turns around."""
+def test_the_style_of_the_pictures_follows_the_weights(root: Path, tmp_path: Path) -> None:
+    """With the weights swapped the same figures fail: the order turns around.
+
+    Not with weights in words: this model's text tower has never read numbers, and loses its captions (docs/results/mo_odpo.md).
+    """
     pairs = told((root / "samples/emoji/preferences/fluent_over_noto-train.jsonl").resolve(), tmp_path / "pairs.jsonl")
     config = load(
         root / "configs" / "emoji-dpo-lora.yaml",
@@ -58,7 +60,7 @@ def test_the_style_of_the_pictures_follows_the_weights(root: Path, tmp_path: Pat
             f"output={tmp_path / 'run'}",
             f"model.checkpoint={root / 'samples/emoji/tiny-sd'}",
             f"data={{train: {pairs}, held_out: 0.0}}",
-            f"steer={{objectives: [fluent, noto], form: {form}}}",
+            "steer={objectives: [fluent, noto], form: tokens}",
             "objective.beta=400.0",
             "train.steps=160",
             "train.learning_rate=1e-3",
@@ -73,6 +75,5 @@ def test_the_style_of_the_pictures_follows_the_weights(root: Path, tmp_path: Pat
     shares = [
         float((judge.score(pictures, prompts) > 0.5).float().mean()) for pictures in drawn_under(tmp_path / "run", prompts)
     ]
-    print(form, shares)
     assert shares[0] < shares[1] < shares[2]
     assert shares[2] - shares[0] >= 0.5
