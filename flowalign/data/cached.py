@@ -85,17 +85,9 @@ class Cached:
 
     def only(self, keep: np.ndarray) -> Cached:
         """Those with True in `keep` `[n]`; `bad` stays, `among` is the caller's."""
-        texts, places = by_first_use(self.prompts, np.concatenate([self.prompt[keep], self.told[keep]]))
-        names, annotator = by_first_use(self.annotators, self.annotator[keep])
-        return replace(
-            self,
-            **{name: getattr(self, name)[keep] for name in ROWS},
-            prompts=texts,
-            prompt=places[: len(annotator)],
-            told=places[len(annotator) :],
-            annotators=names,
-            annotator=annotator,
-        )
+        rows = {name: getattr(self, name)[keep] for name in ROWS}
+        texts = numbered(self.prompts, self.prompt[keep], self.told[keep], self.annotators, self.annotator[keep])
+        return replace(self, **rows, **texts)
 
 
 def digest(ids: np.ndarray) -> str:
@@ -112,20 +104,13 @@ def joined(one: Cached, other: Cached) -> Cached:
     if kinds[0] != kinds[1]:
         said = " and ".join(f"{pictures} pictures of which {chosen} chosen" for pictures, chosen in kinds)
         raise DataError(f"some comparisons have {said}; train on one kind at a time")
-    indices = np.concatenate([one.indices, other.indices])
-    order = np.argsort(indices)
+    order = np.argsort(np.concatenate([one.indices, other.indices]))
     prompts, prompt, told = _united(one.prompts, other.prompts, (one.prompt, other.prompt), (one.told, other.told))
-    texts, places = by_first_use(prompts, np.concatenate([prompt[order], told[order]]))
     names, annotator = _united(one.annotators, other.annotators, (one.annotator, other.annotator))
-    names, annotator = by_first_use(names, annotator[order])
     return replace(
         one,
         **{name: np.concatenate([getattr(one, name), getattr(other, name)])[order] for name in ROWS},
-        prompts=texts,
-        prompt=places[: len(indices)],
-        told=places[len(indices) :],
-        annotators=names,
-        annotator=annotator,
+        **numbered(prompts, prompt[order], told[order], names, annotator[order]),
         bad=tuple(sorted((*one.bad, *other.bad), key=lambda row: row.row)),
         inside=one.inside and other.inside,
     )
@@ -138,7 +123,17 @@ def _united(one: Sequence[str], other: Sequence[str], *places: tuple[np.ndarray,
     return list(known), *(np.concatenate([first, moved[second]]) for first, second in places)
 
 
-def by_first_use(texts: Sequence[str], places: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+def numbered(
+    prompts: Sequence[str], prompt: np.ndarray, told: np.ndarray, annotators: Sequence[str], annotator: np.ndarray
+) -> dict[str, Any]:
+    """The texts of a Cached and the places of its rows in them, for rows that name some of these texts by their places."""
+    texts, places = _by_first_use(prompts, np.concatenate([prompt, told]))
+    names, who = _by_first_use(annotators, annotator)
+    count = len(prompt)
+    return {"prompts": texts, "prompt": places[:count], "told": places[count:], "annotators": names, "annotator": who}
+
+
+def _by_first_use(texts: Sequence[str], places: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """The texts that rows name, in the order of the rows, whatever others there are, and each row's place in them."""
     used, first_seen, place = np.unique(places, return_index=True, return_inverse=True)
     order = np.argsort(first_seen)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from flowalign.data.attached import attached_to
 from flowalign.data.cache import LatentCache
-from flowalign.data.cached import Cached, by_first_use
+from flowalign.data.cached import Cached, numbered
 from flowalign.data.encoding import Batches, Encoder, Fitted, encode_images, encode_prompts, latent_shape
 from flowalign.data.forecast import Count, Forecast
 from flowalign.data.images import check_resolution, decode, fit, geometry
@@ -180,22 +180,16 @@ def fill(
     if shape is None or not len(good):
         raise NoneUsableError(bad)
     rows = rows[good]
-    texts, places = by_first_use(list(prompts), np.concatenate([rows["prompt"], rows["told"]]))
-    names, annotator = by_first_use(list(judges), rows["annotator"])
     return Cached(
         indices=np.asarray(indices, dtype=np.int64)[good],
         pictures=ranks.sum(torch.from_numpy(np.resize(digests, (len(indices), shape[0], 32)))).numpy()[good],
-        prompts=texts,
-        prompt=places[: len(rows)],
+        **numbered(list(prompts), rows["prompt"], rows["told"], list(judges), rows["annotator"]),
         ids=rows["id"].copy(),
         preference=rows["preference"].copy(),
         weight=rows["weight"].copy(),
         scores=np.resize(worth[0], (len(indices), shape[0]))[good],
         grades=np.resize(worth[1], (len(indices), shape[0]))[good],
-        annotators=names,
-        annotator=annotator,
         objective_weights=weights[good],
-        told=places[len(rows) :],
         num_chosen=shape[1],
         flips=flips,
         bad=bad,
