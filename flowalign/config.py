@@ -13,7 +13,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from flowalign import yaml_text
 from flowalign.errors import ConfigError, allowed
-from flowalign.settings import Config, Section
+from flowalign.sections import Section
+from flowalign.settings import Config
 
 Tree = TypeVar("Tree", bound=Section)
 

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 
 from flowalign.align.reference import BEGINNING
 from flowalign.errors import ConfigError, allowed
-from flowalign.settings import Config, Loop
+from flowalign.sections import Loop
+from flowalign.settings import Config
 from flowalign.train.zero import by_zero, on_cpus, zero_autocast, zero_plugin
 
 

@@ -7,23 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from flowalign.flow.settings import Fitting
-from flowalign.settings import (
-    Below1,
-    Guard,
-    Model,
-    Natural,
-    Objective,
-    Positive,
-    Rate,
-    Reference,
-    Sample,
-    Section,
-    Steer,
-    Switches,
-    Train,
-    Trainable,
-    word,
-)
+from flowalign.sections import Below1, Model, Natural, Positive, Rate, Section, word
+from flowalign.settings import Guard, Objective, Reference, Sample, Steer, Switches, Train, Trainable
 
 Several = Annotated[int, Field(ge=2)]
 

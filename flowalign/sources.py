@@ -20,12 +20,13 @@ from flowalign.data.fill import fill
 from flowalign.data.forecast import Count
 from flowalign.data.index import Known, index_path, read_index, write_index
 from flowalign.data.pairs import PairDataset
-from flowalign.data.reach import Reach, Tried, Usable
+from flowalign.data.reach import Reach, Tried, Usable, some_of
 from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt, stamp, write_bad_rows
-from flowalign.data.texts import read_texts
+from flowalign.data.texts import Texts, read_texts
 from flowalign.errors import DataError, NoneUsableError
 from flowalign.families.base import Family
-from flowalign.settings import Config, Data
+from flowalign.sections import Data
+from flowalign.settings import Config
 from flowalign.train.ranks import Ranks
 
 OWN_BATCHES = 16
@@ -52,6 +53,20 @@ def open_source(data: Data, source: str, limit: int | None) -> Comparisons:
         order=data.order,
         limit=limit,
     )
+
+
+def split(data: Data, train: Comparisons, seed: int, texts: Texts | None = None) -> tuple[Comparisons, np.ndarray, np.ndarray]:
+    """Where held-out comparisons are, places in `train` to train on, and places of the held-out ones.
+
+    texts: of `train`, where they were read with this seed already.
+    """
+    limit = data.validation_limit
+    if data.validation is not None:
+        held = open_source(data, data.validation, None)
+        return held, np.arange(len(train)), some_of(len(held), limit, seed)
+    if texts is not None:
+        return train, *texts.split(data.held_out, limit)
+    return train, *split_by_prompt(train, data.held_out, seed, limit)
 
 
 def prepares_all(config: Config) -> bool:
@@ -162,12 +177,7 @@ class _Loading:
         data, seed = self.config.data, self.config.train.seed
         train = self._train
         texts = None if prepares_all(self.config) else read_texts(train, seed)
-        if data.validation is not None:
-            held, places = open_source(data, data.validation, None), np.arange(len(train))
-            held_places = np.arange(len(held))
-        else:
-            held = train
-            places, held_places = texts.split(data.held_out) if texts else split_by_prompt(train, data.held_out, seed)
+        held, places, held_places = split(data, train, seed, texts)
         parts: dict[str, Cached] = {}
         tried: Tried | None = None
         if texts is None:

@@ -19,6 +19,7 @@ LIGHT = (
     "flowalign.files",
     "flowalign.yaml_text",
     "flowalign.config",
+    "flowalign.sections",
     "flowalign.settings",
     "flowalign.plugins",
     "flowalign.catalog",
@@ -30,7 +31,7 @@ HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "pef
 LAYERS = (
     (
         *("errors", "files", "heap", "parent", "yaml_text", "config", "plugins", "catalog"),
-        *("settings", "flow.settings", "improve_settings"),
+        *("sections", "settings", "flow.settings", "improve_settings"),
     ),
     ("rng", "align.terms", "align.objectives", "scoring.calibrate", "flow.path"),
     ("data",),

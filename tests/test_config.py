@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from flowalign import config, plugins
 from flowalign.errors import ConfigError
-from flowalign.settings import Config, Data, Model
+from flowalign.sections import Data, Model
+from flowalign.settings import Config
 
 SMALL = {"model": {"checkpoint": "tiny-sd"}, "data": {"train": "pairs.jsonl"}}
 YAML = "model:\n  checkpoint: tiny-sd\ndata:\n  train: pairs.jsonl\n"

@@ -15,7 +15,8 @@ from flowalign import catalog, cli, config, plugins, yaml_text
 from flowalign.data.columns import conventions
 from flowalign.flow.settings import FlowConfig
 from flowalign.improve_settings import ImproveConfig
-from flowalign.settings import Config, Section
+from flowalign.sections import Section
+from flowalign.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "samples").glob("*.md")])

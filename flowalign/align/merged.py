@@ -15,7 +15,8 @@ from flowalign.families.base import Family
 from flowalign.families.latent import compute_dtype
 from flowalign.families.loading import add_lora, detect_family, digest, find_lora
 from flowalign.families.mixing import weighted
-from flowalign.settings import Model, Reference
+from flowalign.sections import Model
+from flowalign.settings import Reference
 
 SHAPES = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "cap_feat_dim")
 """Settings of a denoiser that say which latents and which conditioning it takes."""

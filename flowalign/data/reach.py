@@ -113,3 +113,10 @@ class Tried:
         among = Among(len(self.usable), places[reached[places]], np.flatnonzero(broken), self.usable.ids)
         bad = sorted((*self.usable.bad, *self.broken), key=lambda row: row.row)
         return replace(kept, among=among, bad=tuple(bad))
+
+
+def some_of(count: int, at_most: int | None, seed: int) -> np.ndarray:
+    """int64, ascending: all places of `count` comparisons, or `at_most` of them by a keyed choice."""
+    if at_most is None or count <= at_most:
+        return np.arange(count)
+    return np.sort(Keyed(seed).permutation("validation", 0, count).numpy()[:at_most])

@@ -184,12 +184,14 @@ def write_bad_rows(path: str | Path, bad: Iterable[BadRow]) -> None:
     write_text(Path(path), "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad))
 
 
-def split_by_prompt(comparisons: Sequence[Comparison], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_by_prompt(
+    comparisons: Sequence[Comparison], fraction: float, seed: int, at_most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Places (train, held out), int64: `fraction` of the distinct prompts, in the order of a hash, are held out.
 
-    All comparisons of a prompt land on one side. With a fraction above 0 and two prompts or more, both sides get at
-    least one. Rows that cannot be read go to train, where filling the cache reports them. Raises DataError unless
-    0 <= fraction < 1.
+    Fewer are where they would have more than `at_most` comparisons. All comparisons of a prompt land on one side. With a
+    fraction above 0 and two prompts or more, both sides get at least one. Rows that cannot be read go to train, where filling
+    the cache reports them. Raises DataError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"the held-out fraction is {fraction}; it must be at least 0 and below 1")
@@ -199,13 +201,15 @@ def split_by_prompt(comparisons: Sequence[Comparison], fraction: float, seed: in
             hashes[place] = key63(seed, "split", comparisons[place].prompt)
         except DataError:
             continue
-    return held_out_of(hashes, fraction)
+    return held_out_of(hashes, fraction, at_most)
 
 
-def held_out_of(hashes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def held_out_of(hashes: np.ndarray, fraction: float, at_most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """`split_by_prompt` from the hash of each comparison's prompt, int64; -1 for rows that cannot be read."""
-    prompts = np.unique(hashes[hashes >= 0])
+    prompts, sizes = np.unique(hashes[hashes >= 0], return_counts=True)
     count = round(fraction * len(prompts))
+    if at_most is not None:
+        count = min(count, int(np.searchsorted(np.cumsum(sizes), at_most, side="right")))
     if fraction > 0 and len(prompts) > 1:
         count = min(max(count, 1), len(prompts) - 1)
     held = np.isin(hashes, prompts[:count])

@@ -43,9 +43,9 @@ class Texts:
     bad: dict[int, str]
     """Why a row cannot be read."""
 
-    def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, fraction: float, at_most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `split_by_prompt`, with the seed that they were read with."""
-        return held_out_of(self.prompts, fraction)
+        return held_out_of(self.prompts, fraction, at_most)
 
     def count(self, places: np.ndarray) -> dict[str, int]:
         """How many distinct pictures and prompts these rows name, as a forecast wants it."""

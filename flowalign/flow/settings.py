@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flowalign.settings import Data, Fraction, Loop, Natural, Positive, Rate, Section
+from flowalign.sections import Data, Fraction, Loop, Natural, Positive, Rate, Section
 
 
 class Model(Section):

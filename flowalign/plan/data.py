@@ -10,13 +10,13 @@ import torch
 
 from flowalign.align.fill import stored_for
 from flowalign.data.audit import audit
-from flowalign.data.reach import Usable
-from flowalign.data.readers import Comparisons, open_comparisons, split_by_prompt
+from flowalign.data.reach import Usable, some_of
+from flowalign.data.readers import Comparisons, open_comparisons
 from flowalign.data.texts import Texts, pictures_apart, read_texts
 from flowalign.errors import DataError
 from flowalign.plan.model import Outline
 from flowalign.settings import Config
-from flowalign.sources import prepares_all, reach_of
+from flowalign.sources import prepares_all, reach_of, split
 
 EXACTLY = 20_000
 """Sources of so many rows are read through; of larger ones only the rows are counted."""
@@ -95,13 +95,14 @@ def count(config: Config, comparisons: int | None = None) -> Counted:
             return Counted(
                 known, None, None, None, False, per_comparison, num_chosen, "; ".join(filter(None, [note, str(error)]))
             )
-    total = known + (len(validation) if validation is not None else 0)
+    beside = np.arange(0) if validation is None else some_of(len(validation), data.validation_limit, config.train.seed)
+    total = known + len(beside)
     partly = source is not None and not prepares_all(config) and pictures_apart(source)
     if source is not None and total <= EXACTLY:
-        counted = replace(_through(config, source, validation, per_comparison, num_chosen), note=note)
+        counted = replace(_through(config, source, validation, beside, per_comparison, num_chosen), note=note)
         texts = read_texts(source, config.train.seed) if partly else None
-        return counted if texts is None else _seen(config, texts, validation, counted)
-    held = len(validation) if validation is not None else round(data.held_out * known)
+        return counted if texts is None else _seen(config, texts, validation, beside, counted)
+    held = len(beside) if validation is not None else min(round(data.held_out * known), data.validation_limit or known)
     train = known if validation is not None else known - held
     said = f"only rows are counted, as there are more than {EXACTLY:,}" if source is not None else note
     reach = reach_of(config, 1)
@@ -110,12 +111,14 @@ def count(config: Config, comparisons: int | None = None) -> Counted:
     return Counted(train, held, prepared * per_comparison, prepared, False, per_comparison, num_chosen, said, lazy)
 
 
-def _through(config: Config, source: Comparisons, validation: Comparisons | None, pictures: int, chosen: int) -> Counted:
+def _through(
+    config: Config, source: Comparisons, validation: Comparisons | None, beside: np.ndarray, pictures: int, chosen: int
+) -> Counted:
     """Every row read, no picture opened."""
-    found = [audit(source)] if validation is None else [audit(source), audit(validation)]
+    found = [audit(source)] if validation is None else [audit(source), audit(validation, beside)]
     used = [each["comparisons"] - (each["ties"] if config.data.tie_policy == "drop" else 0) for each in found]
     if validation is None:
-        share = len(split_by_prompt(source, config.data.held_out, config.train.seed)[1]) / len(source)
+        share = len(split(config.data, source, config.train.seed)[2]) / len(source)
         held = round(share * used[0])
         train = used[0] - held
     else:
@@ -124,17 +127,17 @@ def _through(config: Config, source: Comparisons, validation: Comparisons | None
     return Counted(train, held, *distinct, True, pictures, chosen)
 
 
-def _seen(config: Config, texts: Texts, validation: Comparisons | None, counted: Counted) -> Counted:
+def _seen(config: Config, texts: Texts, validation: Comparisons | None, beside: np.ndarray, counted: Counted) -> Counted:
     """What of it the run prepares, if no picture is broken."""
-    places, held = texts.split(config.data.held_out if validation is None else 0.0)
+    places, held = texts.split(config.data.held_out if validation is None else 0.0, config.data.validation_limit)
     if config.data.tie_policy == "drop":
         places, held = (each[~texts.ties[each]] for each in (places, held))
     usable = Usable.of(texts, places)
     reached = usable.reached(config.train.seed, reach_of(config, 1), np.zeros(len(usable), bool))
     found = texts.count(np.concatenate([usable.rows[reached], held]))
-    beside = {name: 0 if validation is None else audit(validation)[name] for name in found}
+    others = {name: 0 if validation is None else audit(validation, beside)[name] for name in found}
     prepared = int(reached.sum()) + (counted.held_out or 0)
-    pictures, prompts = (found[name] + beside[name] for name in ("pictures", "prompts"))
+    pictures, prompts = (found[name] + others[name] for name in ("pictures", "prompts"))
     return replace(counted, pictures=pictures, prompts=prompts, prepared=None if reached.all() else prepared)
 
 

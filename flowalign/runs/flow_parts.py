@@ -16,7 +16,7 @@ from flowalign.data.cache import LatentCache
 from flowalign.data.cached import Cached
 from flowalign.data.fill import fill
 from flowalign.data.pairs import Item, PairDataset, PairStream, fixed_draws
-from flowalign.data.readers import Comparisons, open_comparisons, scan, split_by_prompt, write_bad_rows
+from flowalign.data.readers import Comparisons, open_comparisons, scan, write_bad_rows
 from flowalign.errors import ConfigError
 from flowalign.flow.contexts import Classes, Contexts, Encoder, Nothing, Prompts
 from flowalign.flow.domain import Domain, features, fit_domain
@@ -27,7 +27,7 @@ from flowalign.flow.spaces import Space
 from flowalign.rng import key
 from flowalign.runs.flow_fit import Material
 from flowalign.runs.flow_pairs import write_pairs
-from flowalign.sources import cache_folder, open_source
+from flowalign.sources import cache_folder, open_source, split
 from flowalign.train.ranks import Ranks
 
 PAIRS = "pairs.jsonl"
@@ -90,7 +90,7 @@ def prepare_flow(config: FlowConfig, accelerator: Accelerator, *, progress: bool
     source = _autoencoder(config)
     space = open_space(config.space.kind, source, device)
     comparisons = _open(config, folder, config.data.train, ranks)
-    held, (places, held_places) = _split(config, folder, comparisons, ranks)
+    held, places, held_places = split(config.data, comparisons, config.train.seed)
     contexts = _contexts(config, comparisons, device)
     resolution, multiple = _resolution(config, space)
     settings = FieldSettings(
@@ -237,12 +237,3 @@ def _open(config: FlowConfig, folder: Path, source: str, ranks: Ranks) -> Compar
         ranks.wait()
         return open_comparisons(folder / PAIRS, tie_policy=data.tie_policy, order=data.order, limit=data.limit)
     return open_source(data, source, data.limit)
-
-
-def _split(config: FlowConfig, folder: Path, train: Comparisons, ranks: Ranks) -> tuple[Comparisons, tuple[Any, Any]]:
-    """(where held-out comparisons are, (places to train on, places held out))."""
-    data = config.data
-    if data.validation is None:
-        return train, split_by_prompt(train, data.held_out, config.train.seed)
-    held = open_source(data, data.validation, None)
-    return held, (range(len(train)), range(len(held)))

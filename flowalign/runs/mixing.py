@@ -15,7 +15,7 @@ from flowalign.errors import ConfigError
 from flowalign.families.loading import find_lora, open_family
 from flowalign.families.mixing import mix, oppose
 from flowalign.families.sampling import generator_id
-from flowalign.settings import Model
+from flowalign.sections import Model
 
 
 def open_mixed(

@@ -40,7 +40,8 @@ from flowalign.runs.selection import select
 from flowalign.runs.training import align
 from flowalign.scoring.steered import STEERED, drawn_weights
 from flowalign.scoring.table import read_table
-from flowalign.settings import Config, Data, Model
+from flowalign.sections import Data, Model
+from flowalign.settings import Config
 
 
 @dataclass(frozen=True)

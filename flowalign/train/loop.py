@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flowalign.data.batch import Batch
 from flowalign.errors import NonFiniteError
 from flowalign.rng import Keyed
-from flowalign.settings import Loop
+from flowalign.sections import Loop
 from flowalign.train.checkpoint import State, save
 from flowalign.train.optimizer import make_descent
 from flowalign.train.ranks import Ranks

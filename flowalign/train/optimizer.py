@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flowalign.errors import MissingExtraError
-from flowalign.settings import Loop
+from flowalign.sections import Loop
 from flowalign.train.checkpoint import State
 from flowalign.train.ranks import gathered
 from flowalign.train.zero import Zero

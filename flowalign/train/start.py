@@ -19,7 +19,8 @@ from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.families.base import Family
 from flowalign.families.loading import FAILURES, LORA, digest, find_lora
 from flowalign.families.steer import STEER, load_steering
-from flowalign.settings import Model, Steer, Trainable
+from flowalign.sections import Model
+from flowalign.settings import Steer, Trainable
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 
 from flowalign.errors import ConfigError, MissingExtraError, reason
-from flowalign.settings import Loop
+from flowalign.sections import Loop
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

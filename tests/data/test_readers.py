@@ -424,6 +424,12 @@ def test_split_by_prompt(pictures: Path) -> None:
     assert not len(split_by_prompt(comparisons, 0, seed=0)[1])
     assert {comparisons[int(place)].prompt for place in split_by_prompt(comparisons, 0.001, 0)[1]} <= set().union(*prompts)
     assert len(split_by_prompt(comparisons, 0.001, 0)[1]) == 3
+    fewer = split_by_prompt(comparisons, 0.25, seed=0, at_most=14)
+    assert len(fewer[1]) == 12  # whole prompts of three rows
+    assert set(fewer[1]) < set(held)
+    assert sorted([*fewer[0], *fewer[1]]) == list(range(121))
+    assert len(split_by_prompt(comparisons, 0.25, seed=0, at_most=1)[1]) == 3  # some prompt there must be
+    np.testing.assert_array_equal(held, split_by_prompt(comparisons, 0.25, seed=0, at_most=30)[1])
     with pytest.raises(DataError, match="fraction is 1"):
         split_by_prompt(comparisons, 1.0, seed=0)
 

@@ -151,6 +151,8 @@ def test_splits_stay_what_they_are(tmp_path: Path, fraction: float, seed: int) -
     comparisons = open_comparisons(write("parquet", rows_in(), tmp_path))
     texts = read_texts(comparisons, seed)
     assert texts is not None
+    for theirs, ours in zip(split_by_prompt(comparisons, fraction, seed, 7), texts.split(fraction, 7), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     for train, held in (texts.split(fraction), split_by_prompt(comparisons, fraction, seed)):
         assert held.tolist() == HELD_OUT[fraction, seed]
         assert sorted([*train, *held]) == list(range(ROWS))

@@ -24,17 +24,24 @@ from tests.data.test_reach import write as write_pairs
 Settings = Callable[..., Config]
 
 
-@pytest.mark.parametrize("overrides", [["data.flip=true"], ["data.validation=null", "data.held_out=0.3"], ["data.limit=5"]])
+HELD_OUT = ["data.validation=null", "data.held_out=0.3"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.flip=true"], HELD_OUT, [*HELD_OUT, "data.validation_limit=4"], ["data.limit=5"], ["data.validation_limit=5"]],
+)
 def test_counts_and_cache_are_those_of_a_run(prepared: Callable[..., Prepared], tmp_path: Path, overrides: list[str]) -> None:
     ready = prepared(*overrides, "reference.bank=2", f"data.cache={tmp_path / 'cache'}", "train.validation_draws=3")
     found = count(ready.config)
     assert ready.held_out is not None
     assert (found.train, found.held_out, found.exact) == (len(ready.train), len(ready.held_out), True)
+    assert len(ready.held_out) <= (ready.config.data.validation_limit or 0)
     disk = found.disk(outline(ready.config), ready.config)
     stores = {store["kind"]: store for store in usage(tmp_path / "cache")["stores"]}
     if "data.validation=null" not in overrides:  # train and validation name the same pictures here, and each counts its own
         assert disk["latents"] is not None
-        assert found.pictures == 24 + 2 * len(ready.train)
+        assert found.pictures == 2 * (len(ready.held_out) + len(ready.train))
         return
     for kind, name in (("images", "latents"), ("prompts", "prompts")):
         header = 350 * stores[kind]["entries"]  # what safetensors puts before the numbers of an entry
@@ -53,12 +60,14 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def test_of_a_table_what_the_run_prepares_is_counted(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [1000, 3])
+def test_of_a_table_what_the_run_prepares_is_counted(prepared: Callable[..., Prepared], tmp_path: Path, limit: int) -> None:
     table = write_pairs("parquet", rows_in(), tmp_path)
     overrides = (f"data.train={table}", "data.validation=null", "data.held_out=0.1", "train.batch_size=1", "train.steps=20")
-    ready = prepared(*overrides, f"data.cache={tmp_path / 'cache'}")
+    ready = prepared(*overrides, f"data.cache={tmp_path / 'cache'}", f"data.validation_limit={limit}")
     found = count(ready.config)
     assert ready.held_out is not None
+    assert len(ready.held_out) <= limit
     assert (found.train, found.held_out) == (ready.train.cached.about["comparisons"], len(ready.held_out))
     assert found.prepared == len(ready.train) + len(ready.held_out)
     entries = {store["kind"]: store["entries"] for store in usage(tmp_path / "cache")["stores"]}
@@ -118,15 +127,15 @@ def test_a_million_rows_are_counted_without_being_read(
     overrides = (f"data.train={tmp_path}", "data.format=parquet", "data.validation=null", "data.held_out=0.01")
     config = settings(tmp_path, *overrides, "reference.bank=4")
     found = count(config)
-    assert (found.train, found.held_out, found.pictures, found.prompts) == (990_000, 10_000, 2 * rows, rows)
+    assert (found.train, found.held_out, found.pictures, found.prompts) == (999_000, 1000, 2 * rows, rows)
     assert not found.exact
     assert f"{EXACTLY:,}" in found.note
     assert len(groups) == 1
-    assert found.disk(outline(config), config)["bank"] == 4 * 2 * (990_000 * 4 + 10_000)
+    assert found.disk(outline(config), config)["bank"] == 4 * 2 * (999_000 * 4 + 1000)
     assert found.prepared is None  # a bank covers all
     few = count(settings(tmp_path, *overrides, "train.steps=500", "sample.count=3"))
-    assert few.train == 990_000
-    assert few.prepared == few.prompts == 10_000 + 2 * 500 + 8 + 3  # at most: the first ones may be among the steps'
+    assert few.train == 999_000
+    assert few.prepared == few.prompts == 1000 + 2 * 500 + 8 + 3  # at most: the first ones may be among the steps'
     assert few.pictures == 2 * few.prepared
     assert count(settings(tmp_path, *overrides, "train.steps=600000")).prepared is None
     assert count(settings(tmp_path, *overrides, "data.limit=30000")).train == 29_700
