@@ -261,7 +261,8 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     bank = held_out_bank = None
     if config.reference.bank is not None:
         stream, folder = pair_stream(config, accelerator, train), cache_folder(config.data.cache)
-        bank, held_out_bank = fill_banks(config, accelerator, step, stream, held_out, folder, progress=progress)
+        place = accelerator.device, ranks
+        bank, held_out_bank = fill_banks(config, *place, step, stream, held_out, folder, progress=progress)
     lora = config.trainable.kind != "full"
     if begins is not None and not lora and config.reference.kind in BEGINNING:
         begins.into(frozen)

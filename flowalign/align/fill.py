@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from flowalign.align.bank import ReferenceBank, Stored, fill_bank
+from flowalign.align.bank import Batches, ReferenceBank, Stored, fill_bank
 from flowalign.align.merged import Merged
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
+from flowalign.data.fill import Ranks
 from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
 from flowalign.errors import ConfigError
 from flowalign.families.sampling import PRECISIONS
@@ -31,7 +31,8 @@ def stored_for(needs: frozenset[str], config: Config) -> Stored:
 
 def fill_banks(
     config: Config,
-    accelerator: Accelerator,
+    device: torch.device,
+    ranks: Ranks,
     step: PreferenceStep,
     stream: PairStream,
     held_out: PairDataset | None,
@@ -41,6 +42,7 @@ def fill_banks(
 ) -> tuple[ReferenceBank, ReferenceBank | None]:
     """What the reference says at every draw of the train and of the held-out comparisons, from `folder` or computed.
 
+    All processes must call it, on a folder that all of them see: they share the work.
     Mirroring and caption dropout are keyed by comparison and draw, so that draws fix them too. Raises ConfigError for an
     objective without a reference.
     """
@@ -49,7 +51,7 @@ def fill_banks(
             f"reference.bank stores what the reference says, but objective.name {config.objective.name!r} needs no reference; "
             "set reference.bank=null."
         )
-    cfg, device = config.train, accelerator.device
+    cfg = config.train
     stored = stored_for(step.objective.needs, config)
     references = step.reference.about if isinstance(step.reference, Merged) else None
     shared = {
@@ -60,7 +62,8 @@ def fill_banks(
             config.trainable.gradient_checkpointing,
             device.type,
             torch.__version__,
-            cfg.batch_size if step.chunk is None else {"pictures": step.chunk},
+            cfg.batch_size,
+            step.chunk,
         ],
     } | ({} if references is None else {"references": references})
 
@@ -69,7 +72,7 @@ def fill_banks(
         fixed: PreferenceStep,
         seed: int,
         draws: int,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Batches,
         settings: dict[str, Any],
     ) -> ReferenceBank:
         cached, rng = data.cached, Keyed(seed)
@@ -92,16 +95,17 @@ def fill_banks(
             return {"errors": errors, "predictions": predictions} | ({} if batch.noise is None else {"noise": batch.noise})
 
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
-        with accelerator.main_process_first():
-            return fill_bank(
-                folder / f"bank-{name}",
-                batches,
-                answer,
-                count=len(data),
-                draws=draws,
-                stored=stored,
-                progress=progress and accelerator.is_main_process,
-            )
+        return fill_bank(
+            folder / f"bank-{name}",
+            batches,
+            answer,
+            count=len(data),
+            draws=draws,
+            batch_size=cfg.batch_size,
+            stored=stored,
+            ranks=ranks,
+            progress=progress and ranks.index == 0,
+        )
 
     train = stream.dataset
     dropout = {"caption_dropout": cfg.caption_dropout, "flips": train.cached.flips}
@@ -110,7 +114,7 @@ def fill_banks(
         return bank, None
     count = cfg.validation_draws
 
-    def held(draw: int) -> Iterator[Batch]:
-        return fixed_draws(held_out, cfg.batch_size, count, draw)
+    def held(draw: int, places: range) -> Iterator[Batch]:
+        return fixed_draws(held_out, cfg.batch_size, count, draw, places)
 
     return bank, fill(held_out, step.on_held_out(), cfg.seed + 1, count, held, {})

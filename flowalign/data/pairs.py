@@ -224,12 +224,15 @@ class PairStream:
             "for; raise train.steps."
         )
 
-    def covering(self, draw: int) -> Iterator[Batch]:
-        """Every comparison once, in order, at one of its draws, in batches of this rank's size, the last one filled up."""
+    def covering(self, draw: int, places: range) -> Iterator[Batch]:
+        """The comparisons at these places, in order, at one of their draws, in batches of this rank's size.
+
+        The last one is filled up with those that come next, after the last comparison with the first ones.
+        """
         share, count = self.batch_size // self._world_size, len(self.dataset)
-        for start in range(0, count, share):
-            places = [place % count for place in range(start, start + share)]
-            yield self.dataset.__getitems__([self._item(place, place, draw) for place in places])
+        for start in range(places.start, places.stop, share):
+            batch = [place % count for place in range(start, start + share)]
+            yield self.dataset.__getitems__([self._item(place, place, draw) for place in batch])
 
     def _items(self) -> Iterator[list[Item]]:
         share = self.batch_size // self._world_size
@@ -276,17 +279,21 @@ class _Orders:
         return order[order != BROKEN]
 
 
-def sequential(dataset: PairDataset, batch_size: int) -> Iterator[Batch]:
-    """Every comparison once, in order, draw 0, own prompt, upright if that is cached; the last batch may be smaller."""
+def sequential(dataset: PairDataset, batch_size: int, places: range | None = None) -> Iterator[Batch]:
+    """Every comparison once, in order, draw 0, own prompt, upright if that is cached; the last batch may be smaller.
+
+    places: those from the start of one batch to the end of another.
+    """
     flip = False not in dataset.cached.flips
-    for start in range(0, len(dataset), batch_size):
-        places = range(start, min(start + batch_size, len(dataset)))
-        yield dataset.__getitems__([Item(place, 0, place, flip, False) for place in places])
+    places = range(len(dataset)) if places is None else places
+    for start in range(0, len(places), batch_size):
+        batch = places[start : start + batch_size]
+        yield dataset.__getitems__([Item(place, 0, place, flip, False) for place in batch])
 
 
-def fixed_draws(dataset: PairDataset, batch_size: int, draws: int, draw: int) -> Iterator[Batch]:
+def fixed_draws(dataset: PairDataset, batch_size: int, draws: int, draw: int, places: range | None = None) -> Iterator[Batch]:
     """`sequential` at draw `draw` of `draws`, with positions place·draws + draw."""
-    for batch in sequential(dataset, batch_size):
+    for batch in sequential(dataset, batch_size, places):
         positions = tuple(place * draws + draw for place in batch.positions)
         yield replace(batch, draws=(draw,) * len(batch), positions=positions)
 

@@ -117,7 +117,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     )
     latents = family.encode_images(torch.zeros(1, 3, resolution, resolution, device=META)).mean.shape[1:]
     draw = (torch.zeros(1, pictures, *latents, device=META),)
-    bank = ReferenceBank(torch.zeros(1, pictures), draw, draw)
+    bank = ReferenceBank(torch.zeros(1, pictures), (draw,), (draw,))
     return Outline(
         family=family,
         policy=learns,

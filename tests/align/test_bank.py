@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowalign import runs
+from flowalign.align import bank
 from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
@@ -125,24 +126,88 @@ def test_a_full_fine_tune_needs_no_second_model(prepared: Make, cache: str) -> N
     assert float((after.policy_error - before.policy_error).detach().abs().max()) > 1e-3
 
 
-def test_a_fill_that_was_killed_goes_on(prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_missing_or_damaged_is_computed_again_and_nothing_else(
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bank, "PART", 5)  # two batches of two
     calls = []
     own = PreferenceStep.for_bank
     monkeypatch.setattr(
-        PreferenceStep, "for_bank", lambda self, batch, rng: calls.append(batch.draws[0]) or own(self, batch, rng)
+        PreferenceStep, "for_bank", lambda self, batch, rng: calls.append(batch.positions) or own(self, batch, rng)
     )
     prepared(cache, "reference.bank=3")
     files = sorted((tmp_path / "cache").glob("bank-*/draw-*.safetensors"))
-    assert len(files) == 3 + 1  # train and held out
-    whole = {path: load_file(path)["errors"].clone() for path in files}  # the file is changed below
+    assert len(files) == 3 * 3 + 3  # train and held out
+    whole = {path: path.read_bytes() for path in files}
     assert len(calls) == 4 * 6  # twelve comparisons, two at a time
     calls.clear()
-    train = [path for path in files if path.parent == max({f.parent for f in files}, key=lambda f: len(list(f.iterdir())))]
-    train[1].unlink()
-    train[2].write_bytes(train[2].read_bytes()[:-40])
+    train = [path for path in files if (path.parent / "draw-00002-000000.safetensors").exists()]
+    assert [path.name for path in train[3:5]] == ["draw-00001-000000.safetensors", "draw-00001-000001.safetensors"]
+    train[4].unlink()
+    train[8].write_bytes(train[8].read_bytes()[:-40])
     prepared(cache, "reference.bank=3")
-    assert calls == [1] * 6 + [2] * 6
-    assert all(torch.equal(load_file(path)["errors"], errors) for path, errors in whole.items())
+    assert calls == [tuple(place * 3 + 1 for place in places) for places in ((4, 5), (6, 7))] + [
+        tuple(place * 3 + 2 for place in places) for places in ((8, 9), (10, 11))
+    ]
+    assert {path: path.read_bytes() for path in files} == whole
+
+
+def test_parts_are_whole_batches_and_give_the_bits_of_one(
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Twelve comparisons in batches of five, of which the last is filled up; in parts of one batch, of two, and of all."""
+    settings, found = ("train.batch_size=5", "objective.name=dspo", "train.caption_dropout=0.5", "data.flip=true"), []
+    for part in (1, 14, 128):
+        monkeypatch.setattr(bank, "PART", part)
+        ready = prepared(BANK, cache, *settings)
+        stored = ready.step.bank
+        assert stored is not None
+        batches = list(islice(ready.batches(0), 6))
+        found.append([(stored(batch).clone(), stored.predicted(batch)) for batch in batches])
+        assert [len(parts) for parts in stored.predictions] == [{1: 3, 14: 2, 128: 1}[part]] * 2
+        for folder in (tmp_path / "cache").glob("bank-*"):
+            shutil.rmtree(folder)
+    assert len({tuple(batch.positions) for batch in batches}) > 1
+    for other in found[1:]:
+        for left, right in zip(found[0], other, strict=True):
+            assert all(torch.equal(one, two) for one, two in zip(left, right, strict=True))
+
+
+class Places(SimpleNamespace):
+    """As much of a batch as filling looks at."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def test_a_fill_holds_one_part_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 predictions of 2 MiB, in parts of 8; of what is read, nothing is in memory until it is asked for."""
+    monkeypatch.setattr(bank, "PART", 8)
+    count, shape = 96, (1, 8, 256, 256)
+    held = []
+
+    def private() -> int:
+        """MiB of memory that is no file's."""
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) // 1024
+
+    def batches(draw: int, places: range) -> Iterator[Any]:
+        for start in range(0, len(places), 4):
+            positions = tuple(places[start : start + 4])
+            yield Places(positions=positions, mean=torch.zeros(4, *shape))
+
+    def reference(batch: Any) -> dict[str, torch.Tensor]:
+        held.append(private())
+        rows = torch.tensor(batch.positions).float()
+        return {"errors": rows[:, None], "predictions": rows.view(-1, 1, 1, 1, 1).expand(-1, *shape)}
+
+    before = private()
+    stored = Stored(torch.float32)
+    filled = bank.fill_bank(tmp_path, batches, reference, count=count, draws=1, batch_size=4, stored=stored, progress=False)
+    assert max(held) - before < 100
+    assert private() - before < 100
+    asked = Places(positions=(17, 95))
+    assert torch.equal(filled.predicted(asked)[:, 0, 0, 0, 0], torch.tensor([17.0, 95.0]))  # type: ignore[arg-type]
 
 
 def test_a_run_with_a_bank_is_the_run_with_the_reference_on_the_same_draws(
@@ -193,13 +258,15 @@ def test_stored_predictions_give_the_drift(prepared: Make, cache: str, precision
         for parameter in trained(ready.policy).values():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     assert ready.step.bank is not None
-    assert {rows.dtype for rows in ready.step.bank.predictions} == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert {part.dtype for draw in ready.step.bank.predictions for part in draw} == {
+        torch.float32 if precision == "fp32" else torch.bfloat16
+    }
     for batch in islice(ready.batches(0), 6):
         stored, found = (step.terms(batch, Keyed(0)) for step in (ready.step, live))
         assert stored.drift is not None
         assert float(stored.drift.detach().min()) > 1e-4
         answer = live.for_bank(batch, Keyed(0))[1]
-        assert torch.equal(answer, answer.to(ready.step.bank.predictions[0].dtype).float())
+        assert torch.equal(answer, answer.to(ready.step.bank.predictions[0][0].dtype).float())
         tolerance = dict(rtol=1e-4, atol=5e-7) if precision == "fp32" else dict(rtol=5e-2, atol=1e-4)
         torch.testing.assert_close(stored.drift, found.drift, **tolerance)
         torch.testing.assert_close(stored.reference_error, found.reference_error, **tolerance)

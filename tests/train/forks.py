@@ -1,7 +1,7 @@
 """Runs in processes that a test can kill. Not a test: `python forks.py kill|ranks ...`; imports are paid for once, runs fork.
 
 kill CONFIG KILLS SEED    align again and again, killed at random moments, then once to the end
-ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, hung, unlike, apart, back and keep, see there
+ranks CONFIG COUNT PORT   align, with COUNT processes; likewise lost, hung, unlike, apart, back, keep, and fill, see there
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from flowalign import config, runs
+from flowalign.align import bank
 from flowalign.align.step import PreferenceStep
+from flowalign.data.batch import Batch
+from flowalign.rng import Keyed
 from flowalign.runs import training
+from flowalign.setup import prepare
 from flowalign.train.checkpoint import State, go_back
 from flowalign.train.loop import Verdict
 from flowalign.watch import Recorder
@@ -146,9 +152,40 @@ def keep(settings: config.Config, count: int, port: int) -> int:
     return 0
 
 
+def fill(settings: config.Config, count: int, port: int, name: str = "fill", dies: int | None = None) -> int:
+    """Get ready, with a bank in parts of two batches and a cache folder beside the one named; processes list what they compute.
+
+    The last one is killed when it has computed `dies` batches.
+    """
+
+    def before(index: int) -> config.Config:
+        bank.PART = 2 * settings.train.batch_size
+        listed, own = Path(f"{settings.output}-{name}-{index}.txt"), PreferenceStep.for_bank
+
+        def computed(self: PreferenceStep, batch: Batch, rng: Keyed) -> tuple[torch.Tensor, torch.Tensor]:
+            if index == count - 1 and lines(listed) == dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with listed.open("a") as file:
+                print(f"{len(batch.positions)} {batch.draws[0]} {batch.positions[0]}", file=file)
+            return own(self, batch, rng)
+
+        def filled(given: config.Config, accelerator: Accelerator, *_: Any) -> tuple[bool, float]:
+            prepare(given, accelerator, progress=False)
+            return False, 0.0
+
+        PreferenceStep.for_bank = computed  # type: ignore[method-assign]
+        training._run = filled
+        data = settings.data.model_copy(update={"cache": f"{settings.data.cache}-{name}"})
+        return settings.model_copy(update={"data": data, "output": f"{settings.output}-{name}"})
+
+    return ranks(settings, count, port, before)
+
+
 if __name__ == "__main__":
     names, path, first, second = sys.argv[1:]
     commands = {"kill": kill, "ranks": ranks, "lost": lost, "hung": hung, "unlike": unlike, "apart": apart, "back": back}
-    commands["keep"] = keep
+    commands |= {"keep": keep, "fill": fill}
+    commands["fill_lost"] = partial(fill, name="fill_lost", dies=3)
+    commands["fill_rest"] = partial(fill, name="fill_rest")
     for place, name in enumerate(names.split(",")):  # one after the other, in one process that has imported everything
         print(name, commands[name](config.load(path), int(first), int(second) + place), flush=True)
