@@ -29,6 +29,11 @@ def stored_for(needs: frozenset[str], config: Config) -> Stored:
     return Stored(precision, noise=config.switches.noise == "inverted")
 
 
+def kind_of(device: torch.device) -> str:
+    """What computes: kernels, and last bits with them, differ between kinds of GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def fill_banks(
     config: Config,
     device: torch.device,
@@ -60,7 +65,8 @@ def fill_banks(
             cfg.precision,
             cfg.compile,
             config.trainable.gradient_checkpointing,
-            device.type,
+            cfg.tf32,
+            sorted(set(ranks.gather(kind_of(device)))),
             torch.__version__,
             cfg.batch_size,
             step.chunk,

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowalign import runs
-from flowalign.align import bank
+from flowalign.align import bank, fill
 from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
@@ -101,6 +101,7 @@ def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
         "train.caption_dropout=0.3",
         "train.timesteps=uniform",
         "train.precision=bf16",
+        "train.tf32=false",
         "train.validation_draws=2",
         "data.flip=true",
         "data.limit=11",
@@ -110,6 +111,14 @@ def test_a_bank_is_used_again_unless_what_it_depends_on_has_changed(
     for change in bound:
         with pytest.raises(RuntimeError, match="the reference ran"):
             prepared(BANK, cache, change)
+    monkeypatch.setattr(fill, "kind_of", lambda device: "another processor")
+    with pytest.raises(RuntimeError, match="the reference ran"):
+        prepared(BANK, cache)
+
+
+def test_a_gpu_is_told_from_others_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    assert [fill.kind_of(torch.device(name)) for name in ("cpu", "cuda:1")] == ["cpu", "card 1"]
 
 
 def test_a_full_fine_tune_needs_no_second_model(prepared: Make, cache: str) -> None:
