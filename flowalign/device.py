@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 
 from flowalign.align.reference import BEGINNING
 from flowalign.errors import ConfigError, allowed
-from flowalign.sections import Loop
+from flowalign.sections import Data, Loop
 from flowalign.settings import Config
 from flowalign.train.zero import by_zero, on_cpus, zero_autocast, zero_plugin
 
@@ -86,6 +86,11 @@ def choose_layout(accelerator: Accelerator) -> torch.memory_format:
     (docs/performance.md), and DeepSpeed flattens and sends weights in the usual order only."""
     last = accelerator.device.type == "cuda" and not by_zero(accelerator)
     return torch.channels_last if last else torch.contiguous_format
+
+
+def choose_workers(data: Data, device: torch.device) -> int:
+    """How many processes read batches ahead: a GPU would wait for each, and a CPU has no cores to spare."""
+    return data.workers if data.workers is not None else 2 if device.type == "cuda" else 0
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:

@@ -72,8 +72,8 @@ class Data(Section):
     """mirror both pictures of a comparison at random, together"""
     cache: str | None = None
     """folder of encoded pictures and prompts; null is $FLOWALIGN_CACHE or ~/.cache/flowalign"""
-    workers: Natural = 0
-    """processes that read data; 0 reads in the training process"""
+    workers: Natural | None = None
+    """processes that read data; 0 reads in the training process; null is 2 on a GPU and 0 on a CPU"""
 
 
 class Loop(Section):

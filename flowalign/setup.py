@@ -33,7 +33,7 @@ from flowalign.chosen import choose_chunk, choose_importance, choose_timesteps, 
 from flowalign.config import check_knobs
 from flowalign.data.batch import Batch
 from flowalign.data.pairs import PairDataset, PairStream, sequential
-from flowalign.device import choose_autocast, choose_layout
+from flowalign.device import choose_autocast, choose_layout, choose_workers
 from flowalign.families.base import CONTEXT, Family
 from flowalign.families.loading import detect_family
 from flowalign.families.sampling import PRECISIONS
@@ -153,7 +153,7 @@ def pair_stream(config: Config, accelerator: Accelerator, train: PairDataset, po
         caption_dropout=config.train.caption_dropout,
         weights_dropout=told.dropout if (told := config.steer or config.users) else 0.0,
         cycle=config.reference.bank,
-        workers=config.data.workers,
+        workers=choose_workers(config.data, accelerator.device),
         pin_memory=accelerator.device.type == "cuda",
     )
 

@@ -17,6 +17,7 @@ from flowalign.data.cached import Cached
 from flowalign.data.fill import fill
 from flowalign.data.pairs import Item, PairDataset, PairStream, fixed_draws
 from flowalign.data.readers import Comparisons, open_comparisons, scan, write_bad_rows
+from flowalign.device import choose_workers
 from flowalign.errors import ConfigError
 from flowalign.flow.contexts import Classes, Contexts, Encoder, Nothing, Prompts
 from flowalign.flow.domain import Domain, features, fit_domain
@@ -181,7 +182,7 @@ def _stream(config: FlowConfig, accelerator: Accelerator, train: PairDataset) ->
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             position=position,
-            workers=config.data.workers,
+            workers=choose_workers(config.data, accelerator.device),
             pin_memory=accelerator.device.type == "cuda",
         )
         return iter(stream)

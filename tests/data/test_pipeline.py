@@ -416,6 +416,8 @@ def test_the_stream_does_not_depend_on_batch_size_ranks_workers_or_start(cache: 
         [row for step in range(4) for rank in ranks for row in rank[3 * step : 3 * step + 3]],
         whole[:10] + take(dataset, 14, batch_size=2, position=10),
         take(dataset, 24, workers=1),
+        take(dataset, 24, batch_size=2, workers=2),
+        take(lazy, 24, workers=2),
         take(lazy, 24),
     ):
         for left, right in zip(whole, other, strict=True):
