@@ -33,6 +33,9 @@ from flowalign.watch import Recorder
 
 torch.set_num_threads(1)  # a pool of threads would not survive a fork
 
+CHANGES = {"os.rename": 2, "os.link": 2, "os.symlink": 2, "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1}
+"""Events with which Python tells of a change to a folder, and how many paths they name first; see also open."""
+
 
 def fork(work: Callable[[], object]) -> int:
     """Start `work` in a child that ends with it; returns the child's id."""
@@ -142,8 +145,22 @@ def unlike(settings: config.Config, count: int, port: int) -> int:
 
 
 def apart(settings: config.Config, count: int, port: int) -> int:
-    """The run that nothing happens to, in a folder beside."""
-    return ranks(settings.model_copy(update={"output": f"{settings.output}-apart"}), count, port)
+    """The run that nothing happens to, in a folder beside; processes list what they make, move or remove in it."""
+    own = settings.model_copy(update={"output": f"{settings.output}-apart"})
+
+    def before(index: int) -> config.Config:
+        listed = os.open(f"{own.output}-{index}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def audit(event: str, given: tuple[Any, ...]) -> None:
+            if event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                for path in given[: CHANGES.get(event, 1)]:
+                    if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(f"{own.output}/"):
+                        os.write(listed, f"{event} {os.fsdecode(path)}\n".encode())
+
+        sys.addaudithook(audit)
+        return own
+
+    return ranks(settings, count, port, before)
 
 
 def keep(settings: config.Config, count: int, port: int) -> int:

@@ -159,6 +159,19 @@ def test_a_killed_process_ends_the_others_and_leaves_a_run_that_goes_on_with_any
     assert_same_run(folder / "run-apart", folder / "run", "lora")
 
 
+def test_the_first_process_writes_the_run_folder_and_no_other_touches_it(two: tuple[Path, str]) -> None:
+    """Every file there was written or moved there by process 0, alone or in a folder that was moved as a whole."""
+    run = two[0] / "run-apart"
+    first, second = ((two[0] / f"{run.name}-{index}.txt").read_text() for index in (0, 1))
+    assert second == ""
+    told = {path for event, _, path in (line.partition(" ") for line in first.splitlines()) if event != "os.mkdir"}
+    there = [path for path in run.rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "report.html", "samples", "state", "weights"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert all(told & {str(path), *map(str, path.parents)} for path in there)
+
+
 def test_a_resume_with_another_number_of_comparisons_a_step_is_refused(settings: Make, two: tuple[Path, str]) -> None:
     other = settings(two[0] / "run-apart", *SPREAD, f"train.batch_size={GLOBAL}")
     with pytest.raises(CheckpointError, match="pairs_per_step was 4 and is 8"):
