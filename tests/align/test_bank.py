@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from flowalign.align import bank, fill
 from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
-from flowalign.errors import ConfigError, NonFiniteError
+from flowalign.errors import ConfigError, DataError, NonFiniteError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared
@@ -217,6 +217,36 @@ def test_a_fill_holds_one_part_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert private() - before < 100
     asked = Places(positions=(17, 95))
     assert torch.equal(filled.predicted(asked)[:, 0, 0, 0, 0], torch.tensor([17.0, 95.0]))  # type: ignore[arg-type]
+
+
+@dataclass
+class First:
+    """Process 0 of two, of which the other answers alike but writes elsewhere."""
+
+    count: int = 2
+    index: int = 0
+    met: int = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self.met += 1
+        return [value, value]
+
+
+def test_a_part_that_another_process_wrote_elsewhere_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten parts of which each has five: they meet before, about the disk, and after each of its five."""
+    monkeypatch.setattr(bank, "PART", 1)
+
+    def batches(draw: int, places: range) -> Iterator[Any]:
+        yield Places(positions=tuple(places), mean=torch.zeros(1, 2, 4, 8, 8))
+
+    def reference(batch: Any) -> dict[str, torch.Tensor]:
+        return {"errors": torch.tensor(batch.positions)[:, None].float()}
+
+    ranks = First()
+    with pytest.raises(DataError, match=r"draw-00000-000001\.safetensors' was written and cannot be read; all processes"):
+        bank.fill_bank(tmp_path, batches, reference, count=10, draws=1, batch_size=1, ranks=ranks, progress=False)  # type: ignore[arg-type]
+    assert ranks.met == 1 + 1 + 5
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_run_with_a_bank_is_the_run_with_the_reference_on_the_same_draws(
