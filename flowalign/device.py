@@ -103,6 +103,11 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
             "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
         )
+    if accelerator.is_fsdp2 and config.train.optimizer != "adamw":
+        raise ConfigError(
+            f"train.optimizer {config.train.optimizer!r} keeps moments in blocks, which do not fit the shards of FSDP 2; set "
+            "train.optimizer=adamw, or use configs/accelerate/ddp.yaml."
+        )
     if (accelerator.is_fsdp2 or by_zero(accelerator)) and config.train.backward == "chunked":
         once = "DeepSpeed adds up gradients" if by_zero(accelerator) else "FSDP 2 gathers weights"
         raise ConfigError(

@@ -82,6 +82,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def bitsandbytes() -> Any:
+    """The package of the extra cuda, which computes on CPUs as well."""
+    return pytest.importorskip("bitsandbytes", reason="the extra cuda is not installed")
+
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -42,11 +42,9 @@ class State:
         if self.ema is not None:
             out |= {f"ema/{name}": tensor for name, tensor in self.ema.items()}
         out |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
-        names = list(self.parameters)
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            for key, value in slots.items():
-                whole = value if isinstance(value, Sharded) else torch.as_tensor(value)
-                out[f"optimizer/{key}/{names[index]}"] = whole
+        for name, parameter in self.parameters.items():  # not of its `state_dict`, in which bitsandbytes hides blocks
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                out[f"optimizer/{key}/{name}"] = value if isinstance(value, Sharded) else torch.as_tensor(value)
         return out
 
 
@@ -133,19 +131,23 @@ def load(path: Path, state: State, about: dict[str, object]) -> None:
         for name, tensor in state.learned.items():
             tensor.copy_(tensors[f"learned/{name}"])
     parts = isinstance(state.optimizer, Zero)  # it cuts its part out of whole tensors, wherever they are
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: dict[int, dict[str, Tensor | int]] = {}
     for index, (name, parameter) in enumerate(state.parameters.items()):
         mine = {k.split("/")[1]: v for k, v in tensors.items() if k.startswith("optimizer/") and k.split("/", 2)[2] == name}
         if mine:
-            slots[index] = mine if parts else {key: _laid_out_like(parameter, value) for key, value in mine.items()}
-    state.optimizer.load_state_dict({"state": slots, "param_groups": state.optimizer.state_dict()["param_groups"]})
+            slots[index] = mine if parts else {key: _as_it_was(parameter, value) for key, value in mine.items()}
+    groups = {} if parts else {"param_groups": state.optimizer.state_dict()["param_groups"]}
+    state.optimizer.load_state_dict({"state": slots, **groups})
     if state.scaler is not None and saved.get("scaler"):
         state.scaler.load_state_dict(saved["scaler"])
     state.step, state.rate, state.good = saved["step"], saved["rate"], saved["good"]
 
 
-def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """`value` in the parameter's memory format: fused AdamW goes through both in the order they lie in memory."""
+def _as_it_was(parameter: nn.Parameter, value: Tensor) -> Tensor | int:
+    """What an optimizer had for `parameter`: its count of steps, which bitsandbytes keeps as a Python number, or a tensor in
+    the parameter's memory format: fused AdamW goes through both in the order they lie in memory."""
+    if value.dtype == torch.int64 and not value.ndim:
+        return int(value)
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype).copy_(scattered(value, parameter))

@@ -24,6 +24,8 @@ def make_optimizer(cfg: Loop, parameters: Sequence[nn.Parameter], device: torch.
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise MissingExtraError("bitsandbytes", "cuda", "train.optimizer=adamw8bit") from error
+        for parameter in parameters:  # as its first step leaves them, or moments in blocks would lie otherwise than weights
+            parameter.data = parameter.data.contiguous()
         return AdamW8bit(
             list(parameters), lr=cfg.learning_rate, betas=cfg.adam_betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay
         )

@@ -190,13 +190,13 @@ class Zero:
         """This process's part of all that learns; `make_optimizer` has one group."""
         return self.param_groups[0]["params"][0]
 
-    def state_dict(self) -> dict[str, Any]:
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
         """As AdamW has it, by parameter. Moments are put together by those who ask for them."""
         slots = self._optimizer.state.get(self._flat)
         if not slots:
-            return {"state": {}, "param_groups": self.param_groups}
-        each = [{"step": slots["step"]} | {slot: Moment(p, slot) for slot in MOMENTS} for p in self._parameters]
-        return {"state": dict(enumerate(each)), "param_groups": self.param_groups}
+            return {}
+        return {p: {"step": slots["step"]} | {slot: Moment(p, slot) for slot in MOMENTS} for p in self._parameters}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

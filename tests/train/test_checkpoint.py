@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError
+from flowalign.settings import Train
 from flowalign.train.checkpoint import State, load, save, states
+from flowalign.train.optimizer import make_optimizer
 
 ABOUT: dict[str, object] = {
     "objective": {"name": "dpo", "beta": 2000.0},
@@ -67,6 +69,39 @@ def test_a_state_holds_every_number_that_training_needs(tmp_path: Path) -> None:
     assert set(found) == {f"{kind}/{name}" for kind in kinds for name in state.parameters}
     assert found["optimizer/step/0.weight"].item() == 2
     assert torch.equal(found["parameter/1.bias"], state.parameters["1.bias"].detach())
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("begins", ["anew", "goes back"])
+def test_moments_of_8_bits_go_on_in_the_same_bits(tmp_path: Path, begins: str) -> None:
+    """Moments lie as weights do, also of layers in channels_last: on a GPU bitsandbytes goes through both as they lie."""
+
+    def wide(seed: int) -> tuple[nn.Module, State]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)).to(memory_format=torch.channels_last)
+        parameters = dict(model.named_parameters())
+        cfg = Train(optimizer="adamw8bit", learning_rate=0.01)
+        return model, State(parameters, make_optimizer(cfg, list(parameters.values()), torch.device("cpu")), None)
+
+    model, state = wide(0)
+    train(model, state, 3)
+    found = load_file(save(tmp_path, state, ABOUT, 2) / "state.safetensors")
+    assert {name: found[f"optimizer/state2/{name}"].dtype for name in state.parameters} == {
+        name: torch.uint8 if name == "1.weight" else torch.float32 for name in state.parameters
+    }
+    assert found["optimizer/absmax2/1.weight"].shape == (9216 / 256,)
+    train(model, state, 3)
+    expected = weights(state)
+    other_model, other = (model, state) if begins == "goes back" else wide(9)
+    load(states(tmp_path)[-1], other, ABOUT)
+    steps = [other.optimizer.state[parameter]["step"] for parameter in other.parameters.values()]
+    assert steps == [3] * 4
+    assert all(isinstance(step, int) for step in steps)
+    train(other_model, other, 3)
+    for name, tensor in expected.items():
+        assert torch.equal(weights(other)[name], tensor), name
+        parameter = other.parameters[name]
+        assert other.optimizer.state[parameter]["state1"].stride() == parameter.stride()
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,6 @@ from flowalign.train.trainable import trained
 Make = Callable[..., Prepared]
 
 
-@pytest.fixture
-def bitsandbytes() -> Any:
-    return pytest.importorskip("bitsandbytes", reason="the extra cuda is not installed")
-
-
 def bytes_of(module: nn.Module) -> int:
     """Weights and their scales, without what is trained."""
     state = {name: tensor for name, tensor in module.state_dict().items() if "lora_" not in name}

@@ -9,16 +9,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from flowalign import config, runs
+from flowalign import config, device, runs
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
-from flowalign.errors import CheckpointError
+from flowalign.errors import CheckpointError, ConfigError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.train.checkpoint import states
@@ -124,6 +126,16 @@ def test_two_processes_find_the_beta_of_one(settings: Make, tmp_path: Path, held
     left, right = (json.loads((tmp_path / size / "beta.json").read_text()) for size in ("3", "6"))
     assert left["beta"] == pytest.approx(right["beta"], rel=1e-3)
     assert left["margin"]["deviation"] == pytest.approx(right["margin"]["deviation"], rel=1e-3)
+
+
+def test_moments_in_blocks_are_refused_where_weights_lie_in_shards(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = SimpleNamespace(is_fsdp2=True, distributed_type=DistributedType.FSDP)  # which takes a launcher to be real
+    monkeypatch.setattr(device, "open_accelerator", lambda train, folder: shards)
+    assert device.make_accelerator(settings(tmp_path), tmp_path) is shards
+    with pytest.raises(ConfigError, match=r"'adamw8bit' keeps moments in blocks.*set train.optimizer=adamw.*ddp.yaml"):
+        device.make_accelerator(settings(tmp_path, "train.optimizer=adamw8bit"), tmp_path)
 
 
 def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:

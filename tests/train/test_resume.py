@@ -37,15 +37,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def whole(settings: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """whole("lora" or "full"): the folder of a run that nothing happened to."""
-    made: dict[str, Path] = {}
+def whole(settings: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole("lora" or "full", ...): the folder of a run that nothing happened to."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def run(trainable: str) -> Path:
-        if trainable not in made:
-            made[trainable] = tmp_path_factory.mktemp("whole") / trainable
-            runs.align(settings(made[trainable], f"trainable.kind={trainable}", *SETTINGS), progress=False)
-        return made[trainable]
+    def run(trainable: str, *more: str) -> Path:
+        key = (trainable, *more)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / trainable
+            runs.align(settings(made[key], f"trainable.kind={trainable}", *SETTINGS, *more), progress=False)
+        return made[key]
 
     return run
 
@@ -91,18 +92,24 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("trainable", "more"), [("lora", ()), ("full", ()), ("full", ("train.optimizer=adamw8bit",))], ids=["lora", "full", "8bit"]
+)
 def test_stopped_by_signals_and_resumed(
     settings: Make,
-    whole: Callable[[str], Path],
+    whole: Callable[..., Path],
     tmp_path: Path,
     trainable: str,
+    more: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """Through the command line: stopping is no failure, and what is printed says how to go on."""
+    if more:
+        request.getfixturevalue("bitsandbytes")
     path = tmp_path / "config.yaml"
-    path.write_text(config.dump(settings(tmp_path / "run", f"trainable.kind={trainable}", *SETTINGS)))
+    path.write_text(config.dump(settings(tmp_path / "run", f"trainable.kind={trainable}", *SETTINGS, *more)))
     stops = {1: signal.SIGINT, 5: signal.SIGTERM}
     record = RunDir.record
 
@@ -122,10 +129,13 @@ def test_stopped_by_signals_and_resumed(
         assert "stopped; step 5 is saved" in capsys.readouterr().out
     assert cli.main(["align", str(tmp_path / "run"), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["finished"] is True
-    assert_same_run(whole(trainable), tmp_path / "run", trainable)
+    assert_same_run(whole(trainable, *more), tmp_path / "run", trainable)
+    saved = load_file(states(tmp_path / "run" / "state")[-1] / "state.safetensors")
+    dtypes = {tensor.dtype for name, tensor in saved.items() if name.startswith("optimizer/")}
+    assert (torch.uint8 in dtypes) is bool(more)
 
 
-def test_killed_at_random_moments_and_resumed(settings: Make, whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_killed_at_random_moments_and_resumed(settings: Make, whole: Callable[..., Path], tmp_path: Path) -> None:
     codes, said = forks("kill", settings(tmp_path / "run", *SETTINGS), tmp_path, 3, 0)
     assert codes == {"kill": 0}, said
     assert said.count("killed") >= 2
@@ -144,14 +154,14 @@ def test_killed_ten_times_and_resumed(settings: Make, tmp_path: Path, trainable:
     assert_same_run(tmp_path / "whole", tmp_path / "run", trainable)
 
 
-def test_resuming_a_finished_run_changes_nothing(settings: Make, whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(settings: Make, whole: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(whole("lora"), tmp_path / "run")
     again = runs.align(settings(tmp_path / "run", *SETTINGS), resume=True, progress=False)
     assert again["finished"] is True
     assert_same_run(whole("lora"), tmp_path / "run", "lora")
 
 
-def test_a_half_written_state_is_passed_over(settings: Make, whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_half_written_state_is_passed_over(settings: Make, whole: Callable[..., Path], tmp_path: Path) -> None:
     shutil.copytree(whole("lora"), tmp_path / "run")
     state = tmp_path / "run" / "state"
     shutil.rmtree(state / "step-00000006")
@@ -171,7 +181,7 @@ def test_a_half_written_state_is_passed_over(settings: Make, whole: Callable[[st
     ],
 )
 def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
-    whole: Callable[[str], Path], tmp_path: Path, change: str, said: str, capsys: pytest.CaptureFixture[str]
+    whole: Callable[..., Path], tmp_path: Path, change: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(whole("lora"), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
