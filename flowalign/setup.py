@@ -167,9 +167,9 @@ def load_family(config: Config, device: torch.device) -> Family:
     kind = plugins.load("families", name)
     make = kind.outline if outline else kind.load
     family: Family = make(model.checkpoint, dtype=dtype, revision=model.revision, variant=model.variant)
-    family.denoiser.to(device)
     if model.quantize is not None:
-        quantize(family.denoiser, model.quantize, trainable=config.trainable.kind)
+        quantize(family.denoiser, model.quantize, device, trainable=config.trainable.kind)
+    family.denoiser.to(device)
     return family
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from flowalign.families.sampling import PRECISIONS
 from flowalign.plan.model import Outline
 from flowalign.rng import Keyed
 from flowalign.settings import Config
+from flowalign.train.quantized import outlined_bytes
 from flowalign.train.trainable import trained
 
 STATE_8BIT, SMALLEST_8BIT = 2 * (1 + 4 / 256), 4096
@@ -43,6 +44,8 @@ def memory(outline: Outline, config: Config) -> list[Part]:
     reference = outline.step.reference
     held = (*reference.parameters(), *reference.buffers()) if outline.live and reference is not None else ()
     own = [tensor for tensor in held if id(tensor) not in shared]
+    small = outlined_bytes([outline.policy, *([] if reference is None else [reference])])
+    frozen = sorted({dtypes(each for each in rest if id(each) not in small), *([str(config.model.quantize)] if small else [])})
     # Where pictures go through in chunks, the activations of one chunk are there at a time.
     together = config.train.batch_size
     if outline.step.chunk is not None:
@@ -55,9 +58,9 @@ def memory(outline: Outline, config: Config) -> list[Part]:
         if config.reference.kind == "merged":
             why = f"what {len(config.reference.checkpoints)} models do not share with the policy"
     return [
-        Part("frozen weights", size(rest), dtypes(rest)),
+        Part("frozen weights", size(rest, small), " and ".join(frozen)),
         Part("trained weights", size(learns), dtypes(learns)),
-        Part("reference", size(own), why),
+        Part("reference", size(own, small), why),
         Part("gradients", 4 * count, "float32"),
         Part("optimizer", _state(learns, config.train.optimizer), f"two moments of {config.train.optimizer}"),
         Part("moving average", 4 * count if config.train.ema else 0, "float32" if config.train.ema else "train.ema is null"),
@@ -108,9 +111,10 @@ class _FusedAttention(TorchFunctionMode):
         return fused(query, key, value, mask, torch.is_grad_enabled(), 0.0, given.get("is_causal", False))[0]
 
 
-def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of these tensors."""
-    return sum(tensor.nbytes for tensor in tensors)
+def size(tensors: Iterable[Tensor], other: Mapping[int, int] | None = None) -> int:
+    """Bytes of these tensors; other: of those, by `id`, that stand for something of another size."""
+    known = other or {}
+    return sum(known.get(id(tensor), tensor.nbytes) for tensor in tensors)
 
 
 def dtypes(tensors: Iterable[Tensor]) -> str:

@@ -15,6 +15,7 @@ from flowalign.plan.memory import encoders, memory, size
 from flowalign.plan.model import outline
 from flowalign.plan.work import on_gpus, work
 from flowalign.settings import AUTO, Config
+from flowalign.train.quantized import outlined_bytes
 from flowalign.train.trainable import trained
 
 
@@ -28,7 +29,7 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
     denoiser = list(outlined.family.denoiser.parameters())
     learns = sum(parameter.numel() for parameter in trained(outlined.policy).values())
     coders = encoders(outlined)
-    caching = size(denoiser) + sum(found["bytes"] for found in coders.values())
+    caching = size(denoiser, outlined_bytes([outlined.family.denoiser])) + sum(found["bytes"] for found in coders.values())
     flops = count_flops(outlined)
     disk = counted.disk(outlined, config)
     parts = memory(outlined, config)  # the last to touch the outline, whose weights it casts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor, nn
 
 from flowalign.errors import ConfigError, MissingExtraError
 
+BLOCK, BLOCKS = 64, 256
+"""Weights to a scale, and scales to a float32 that they are themselves held by."""
 
-def quantize(denoiser: nn.Module, kind: str, *, trainable: str) -> None:
-    """Replace every linear layer of `denoiser` in place by one of bitsandbytes, on the device where its weights lie.
+
+def quantize(denoiser: nn.Module, kind: str, device: torch.device, *, trainable: str) -> None:
+    """Replace every linear layer of `denoiser` in place by one of bitsandbytes on `device`, one after the other.
+
+    The whole weights may lie elsewhere, so that they need not fit into the memory of `device`. On the meta device there are no
+    values to round: layers become `OutlinedLinear`, and bitsandbytes is not needed.
 
     kind: nf4, 4-bit normal floats in blocks of 64 whose scales are quantised too (Dettmers et al. 2023, 2305.14314, §3).
     Products are computed in the weights' former dtype; convolutions, norms and embeddings stay as they are. The reference is
@@ -27,13 +34,16 @@ def quantize(denoiser: nn.Module, kind: str, *, trainable: str) -> None:
             f"model.quantize is {kind!r}, but trainable.kind {trainable!r} trains the weights themselves, and quantised ones "
             "cannot move; set model.quantize=null or trainable.kind=lora."
         )
+    layers = [(name, layer) for name, layer in denoiser.named_modules() if type(layer) is nn.Linear]
+    if device.type == "meta":
+        for name, layer in layers:
+            denoiser.set_submodule(name, OutlinedLinear(layer))
+        return
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise MissingExtraError("bitsandbytes", "cuda", f"model.quantize={kind}") from error
-    for name, layer in list(denoiser.named_modules()):
-        if type(layer) is not nn.Linear:
-            continue
+    for name, layer in layers:
         weight, biased = layer.weight, layer.bias is not None
         small = Linear4bit(
             layer.in_features, layer.out_features, biased, compute_dtype=weight.dtype, quant_type=kind, device="meta"
@@ -43,9 +53,31 @@ def quantize(denoiser: nn.Module, kind: str, *, trainable: str) -> None:
         # On some CPUs it would pack weights anew for inference, in place, under the feet of the module that shares them.
         small.support_avx512bf16_for_cpu = False
         small.register_forward_pre_hook(_autocast)
-        small = small.to(weight.device).train(layer.training)
+        small = small.to(device).train(layer.training)
         small.quant_state = None  # the weights carry the scales; a module made after this one would get a copy of these
         denoiser.set_submodule(name, small)
+
+
+class OutlinedLinear(nn.Linear):
+    """The outline of a layer whose weights would be quantised: it runs as the whole layer does, and knows its bytes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
+
+    @property
+    def weight_bytes(self) -> int:
+        """4 bits a weight and 1/8 bit of scales, those of a last block that is not full too; without tables of 1 KB."""
+        count = self.weight.numel()
+        scales = -(-count // BLOCK)
+        return -(-count // 2) + scales + 4 * -(-scales // BLOCKS)
+
+
+def outlined_bytes(models: Iterable[nn.Module]) -> dict[int, int]:
+    """What the weights of quantised layers would take, by `id` of the tensor that stands for them in an outline."""
+    layers = (layer for model in models for layer in model.modules() if isinstance(layer, OutlinedLinear))
+    return {id(layer.weight): layer.weight_bytes for layer in layers}
 
 
 def _autocast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

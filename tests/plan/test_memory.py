@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.plan.memory import encoders, memory
 from flowalign.plan.model import outline
@@ -63,6 +63,29 @@ def test_weights_gradients_and_states_are_those_of_a_run(
     assert found["gradients"] == sum(parameter.grad.nbytes for parameter in learns if parameter.grad is not None)
     assert found["optimizer"] == sum(state.nbytes for state in states)
     assert found["moving average"] == sum(average.nbytes for average in ready.ema.values())
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+@pytest.mark.parametrize("kind", ["auto", "copy", "ema"])
+def test_a_quantised_base_is_planned_at_what_it_takes(prepared: Make, kind: str) -> None:
+    """Weights, scales and the scales of scales, to the byte; adapters, which are linear layers too, stay what they are."""
+    ready = prepared(f"reference.kind={kind}", "model.quantize=nf4", "train.precision=bf16")
+
+    def real(*modules: nn.Module | None) -> dict[int, int]:
+        taken: dict[int, int] = {}
+        for module in modules:
+            for tensor in () if module is None else (*module.parameters(), *module.buffers()):
+                scales = getattr(tensor, "quant_state", None)
+                beside = 0 if scales is None else scales.absmax.nbytes + scales.state2.absmax.nbytes
+                taken[tensor.untyped_storage().data_ptr()] = tensor.nbytes + beside
+        return taken
+
+    learns = sum(parameter.nbytes for parameter in trained(ready.policy).values())
+    policy, reference = real(ready.policy), real(ready.step.reference)
+    found = planned(ready.config)
+    assert found["frozen weights"] == sum(policy.values()) - learns
+    assert found["reference"] == sum(size for place, size in reference.items() if place not in policy)
+    assert (found["reference"] > 0) is (kind != "auto")
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,29 @@ def test_the_command_prints_a_page_or_its_data(
     assert page.count("warning: ") == len(found["warnings"]) == 3
     assert [row["gpu"] for row in found["gpus"]] == ["H100", "A100", "4090"]
     assert found["gpus"][0]["usd_per_hour"] == 2.5
+
+
+def test_a_quantised_base_is_planned_without_the_package_that_quantises(
+    settings: Settings, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # what makes an import fail
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(settings(tmp_path / "run", f"model.checkpoint={bare}", "train.precision=bf16")))
+    found = {}
+    for kind in ("null", "nf4"):
+        assert cli.main(["plan", str(path), "--json", "--set", f"model.quantize={kind}"]) == 0
+        found[kind] = json.loads(capsys.readouterr().out)
+    whole, small = found["null"], found["nf4"]
+    (frozen, less), *others = zip(whole["memory"]["parts"], small["memory"]["parts"], strict=True)
+    assert (frozen["how"], less["how"]) == ("bfloat16", "bfloat16 and nf4")
+    assert less["bytes"] < frozen["bytes"]
+    assert all(one == other for one, other in others)
+    caching = whole["memory"]["while_caching"] - small["memory"]["while_caching"]
+    assert caching == frozen["bytes"] - less["bytes"] == whole["memory"]["total"] - small["memory"]["total"]
+    assert all(small[part] == whole[part] for part in ("parameters", "flops_per_comparison", "run", "warnings"))
+    command = ["plan", str(path), "--set", "model.quantize=nf4", "trainable.kind=full"]
+    assert cli.main(command) == 2  # as align refuses it
+    assert "quantised ones cannot move" in capsys.readouterr().err
 
 
 def test_a_model_in_the_hubs_cache_is_planned_by_its_settings(

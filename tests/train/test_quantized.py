@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from flowalign import runs
+from flowalign import runs, setup
 from flowalign.errors import ConfigError, MissingExtraError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
@@ -94,6 +94,21 @@ def test_a_quantised_run_is_the_same_after_a_resume_and_leaves_a_plain_lora(
     assert drawn["pictures"] == 1
 
 
+def test_the_whole_base_never_lies_on_the_device(
+    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def note(denoiser: nn.Module, kind: str, device: torch.device, *, trainable: str) -> None:
+        asked.append((device.type, next(denoiser.parameters()).device.type))
+        denoiser.to("meta")  # or it would go to a device that may not be there
+        monkeypatch.setattr(denoiser, "to", lambda where: asked.append(("moved", where.type)))
+
+    monkeypatch.setattr(setup, "quantize", note)
+    setup.load_family(settings(tmp_path, "model.quantize=nf4"), torch.device("cuda"))
+    assert asked == [("cuda", "cpu"), ("moved", "cuda")]
+
+
 def test_a_full_fine_tune_is_refused(prepared: Make) -> None:
     with pytest.raises(ConfigError, match=r"model.quantize is 'nf4', but trainable.kind 'full'.*trainable.kind=lora"):
         prepared("model.quantize=nf4", "trainable.kind=full")
@@ -109,4 +124,4 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(MissingExtraError, match=r"model.quantize=nf4 needs the package 'bitsandbytes'.*flowalign\[cuda\]"):
-        quantize(nn.Linear(2, 2), "nf4", trainable="lora")
+        quantize(nn.Linear(2, 2), "nf4", torch.device("cpu"), trainable="lora")
