@@ -79,12 +79,13 @@ def test_align_takes_another_output_folder_and_resumes_there(runs: Runs, yaml: P
 
 def test_plan_passes_the_configuration_and_its_assumptions(runs: Runs, yaml: Path) -> None:
     assert cli.main(["plan", str(yaml), "--set", "train.batch_size=3"]) == 0
-    words = "--comparisons 9 --efficiency 0.5 --price H100=2.5 4090=1 --price A100=3"
+    words = "--comparisons 9 --efficiency 0.5 --price H100=2.5 4090=1 --price A100=3 --processes 8"
     assert cli.main(["plan", str(yaml), *words.split()]) == 0
     (first, (config,), plain), (_, _, told) = runs.calls
     assert (first, config.train.batch_size) == ("plan", 3)
-    assert plain == {"efficiency": 0.3, "prices": {}, "comparisons": None}
-    assert told == {"efficiency": 0.5, "prices": {"H100": 2.5, "4090": 1.0, "A100": 3.0}, "comparisons": 9}
+    assert plain == {"efficiency": 0.3, "prices": {}, "comparisons": None, "processes": 1}
+    prices = {"H100": 2.5, "4090": 1.0, "A100": 3.0}
+    assert told == {"efficiency": 0.5, "prices": prices, "comparisons": 9, "processes": 8}
 
 
 def test_a_run_folder_is_continued_where_it_lies_now(runs: Runs, yaml: Path) -> None:
@@ -307,6 +308,7 @@ def test_debug_shows_the_traceback_of_the_unexpected_only(runs: Runs) -> None:
         "generate m --prompts a --batch 3",
         "evaluate a --prompts x",
         "plan c.yaml --comparisons 0",
+        "plan c.yaml --processes 0",
         "plan c.yaml --price 2",
         "plan c.yaml --price H100=dear",
         "cache drop",

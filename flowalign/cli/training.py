@@ -36,6 +36,9 @@ def add(command: Command) -> None:
     add_overrides(plan)
     plan.add_argument("--comparisons", type=positive, metavar="N", help="rows of data.train, where it is not on this disk")
     plan.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="processes that train together, one a GPU (%(default)s)"
+    )
+    plan.add_argument(
         "--efficiency", type=scale, default=EFFICIENCY, help="share of the GPU's peak that is reached (%(default)s, assumed)"
     )
     plan.add_argument(
@@ -85,7 +88,13 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import config, runs
 
     settings = config.load(options.config, options.overrides)
-    return runs.plan(settings, efficiency=options.efficiency, prices=dict(options.price), comparisons=options.comparisons)
+    return runs.plan(
+        settings,
+        efficiency=options.efficiency,
+        prices=dict(options.price),
+        comparisons=options.comparisons,
+        processes=options.processes,
+    )
 
 
 def _suggest_beta(options: argparse.Namespace) -> dict[str, Any]:

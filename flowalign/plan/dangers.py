@@ -45,14 +45,20 @@ class Facts:
     counted: Counted
     elements: int
     """of a picture's latent, d"""
+    processes: int = 1
+    """that share a step, each with comparisons of its own"""
+
+    @property
+    def pairs_per_micro_step(self) -> int:
+        return self.config.train.batch_size * self.processes
 
     @property
     def pairs_per_step(self) -> int:
-        return self.config.train.batch_size * self.config.train.accumulation
+        return self.pairs_per_micro_step * self.config.train.accumulation
 
     @property
     def epochs(self) -> float | None:
-        """E, how often a process sees each comparison."""
+        """E, how often the run sees each comparison."""
         return self.config.train.steps * self.pairs_per_step / self.counted.train if self.counted.train else None
 
     @property
@@ -115,7 +121,7 @@ def _few_pairs(facts: Facts) -> Iterator[str]:
     if facts.pairs_per_step < FEWEST:
         yield (
             f"a step sees {facts.pairs_per_step} comparisons, fewer than any recipe that is known to hold (16 to 2048): set "
-            f"train.accumulation={-(-16 // facts.config.train.batch_size)} or more."
+            f"train.accumulation={-(-16 // facts.pairs_per_micro_step)} or more."
         )
 
 

@@ -68,8 +68,10 @@ class Counted:
         }
 
 
-def count(config: Config, comparisons: int | None = None) -> Counted:
+def count(config: Config, comparisons: int | None = None, processes: int = 1) -> Counted:
     """Count the configuration's sources, or take `comparisons` for the number of rows of `data.train`.
+
+    The more `processes` train, the more comparisons the run sees.
 
     A source that is not on this disk, or that cannot be opened, is not counted; the note says why.
     """
@@ -101,11 +103,11 @@ def count(config: Config, comparisons: int | None = None) -> Counted:
     if source is not None and total <= EXACTLY:
         counted = replace(_through(config, source, validation, beside, per_comparison, num_chosen), note=note)
         texts = read_texts(source, config.train.seed) if partly else None
-        return counted if texts is None else _seen(config, texts, validation, beside, counted)
+        return counted if texts is None else _seen(config, texts, validation, beside, counted, processes)
     held = len(beside) if validation is not None else min(round(data.held_out * known), data.validation_limit or known)
     train = known if validation is not None else known - held
     said = f"only rows are counted, as there are more than {EXACTLY:,}" if source is not None else note
-    reach = reach_of(config, 1)
+    reach = reach_of(config, processes)
     prepared = held + min(train, reach.positions + reach.first + reach.prompts) if partly else total
     lazy = prepared if prepared < total else None
     return Counted(train, held, prepared * per_comparison, prepared, False, per_comparison, num_chosen, said, lazy)
@@ -127,13 +129,15 @@ def _through(
     return Counted(train, held, *distinct, True, pictures, chosen)
 
 
-def _seen(config: Config, texts: Texts, validation: Comparisons | None, beside: np.ndarray, counted: Counted) -> Counted:
+def _seen(
+    config: Config, texts: Texts, validation: Comparisons | None, beside: np.ndarray, counted: Counted, processes: int
+) -> Counted:
     """What of it the run prepares, if no picture is broken."""
     places, held = texts.split(config.data.held_out if validation is None else 0.0, config.data.validation_limit)
     if config.data.tie_policy == "drop":
         places, held = (each[~texts.ties[each]] for each in (places, held))
     usable = Usable.of(texts, places)
-    reached = usable.reached(config.train.seed, reach_of(config, 1), np.zeros(len(usable), bool))
+    reached = usable.reached(config.train.seed, reach_of(config, processes), np.zeros(len(usable), bool))
     found = texts.count(np.concatenate([usable.rows[reached], held]))
     others = {name: 0 if validation is None else audit(validation, beside)[name] for name in found}
     prepared = int(reached.sum()) + (counted.held_out or 0)

@@ -31,10 +31,10 @@ def _model(plan: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
-    memory = plan["memory"]
+    memory, several = plan["memory"], plan["run"]["processes"] > 1
     yield from _table(
         [
-            ("memory on the device", "", ""),
+            ("memory on each device" if several else "memory on the device", "", ""),
             *((f"  {part['name']}", size(part["bytes"]), part["how"]) for part in memory["parts"]),
             ("  together", size(memory["total"]), "while it trains"),
             ("  before that", size(memory["while_caching"]), "denoiser and encoders, without their activations"),
@@ -79,7 +79,9 @@ def _flops(plan: dict[str, Any]) -> Iterator[str]:
 def _run(plan: dict[str, Any]) -> Iterator[str]:
     run = plan["run"]
     epochs = "" if run["epochs"] is None else f", {run['epochs']:.2f} epochs"
-    yield f"the run: {run['steps']:,} steps of {run['comparisons_per_step']:,} comparisons = {run['comparisons']:,}{epochs}"
+    shared = "" if run["processes"] == 1 else f" over {run['processes']:,} processes"
+    each = f"{run['comparisons_per_step']:,} comparisons{shared}"
+    yield f"the run: {run['steps']:,} steps of {each} = {run['comparisons']:,}{epochs}"
     stages = ((name, run["flops"][name]) for name in ("caching", "bank", "training", "validation"))
     yield from _table([(f"  {name}", work(flops), "") for name, flops in stages])
     forwards = run["reference_forwards"]
@@ -97,10 +99,16 @@ def _run(plan: dict[str, Any]) -> Iterator[str]:
 
 def _gpus(plan: dict[str, Any]) -> Iterator[str]:
     missing = [name for name, flops in plan["run"]["flops"].items() if flops is None]
-    yield (
-        f"on one GPU at {plan['efficiency']:.0%} of its dense {plan['precision']} peak (an assumption, as are the prices; "
-        f"without {', '.join(['drawing samples', *missing])})"
-    )
+    count, without = plan["run"]["processes"], f"without {', '.join(['drawing samples', *missing])}"
+    reached = f"at {plan['efficiency']:.0%} of its dense {plan['precision']} peak"
+    if count == 1:
+        yield f"on one GPU {reached} (an assumption, as are the prices; {without})"
+    else:
+        alone = " but for the bank, which the first one fills" if plan["run"]["bank"] else ""
+        yield (
+            f"on {count:,} GPUs, each {reached}, which share the work without loss{alone} (assumptions, as are the prices of a "
+            f"GPU; {without})"
+        )
     rows = [("", "TFLOP/s", "comparisons/s", "time", "USD/hour", "USD", "")]
     for row in plan["gpus"]:
         fits = "" if row["fits"] else f"does not fit into {row['memory_gib']} GiB"

@@ -19,12 +19,17 @@ from flowalign.train.quantized import outlined_bytes
 from flowalign.train.trainable import trained
 
 
-def predict(config: Config, efficiency: float, prices: Mapping[str, float], comparisons: int | None) -> dict[str, Any]:
-    """Plan a run on one GPU without weights and pictures. Bytes and FLOP are whole numbers; None is not known.
+def predict(
+    config: Config, efficiency: float, prices: Mapping[str, float], comparisons: int | None, processes: int = 1
+) -> dict[str, Any]:
+    """Plan a run without weights and pictures. Bytes and FLOP are whole numbers; None is not known.
+
+    processes: one a GPU, as plain data parallelism has them, each with the whole model. Memory is that of one of them, work
+    that of all.
 
     Raises ConfigError and CheckpointError.
     """
-    counted = count_data(config, comparisons)
+    counted = count_data(config, comparisons, processes)
     outlined = outline(config, counted.per_comparison, counted.num_chosen)
     denoiser = list(outlined.family.denoiser.parameters())
     learns = sum(parameter.numel() for parameter in trained(outlined.policy).values())
@@ -34,13 +39,14 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
     disk = counted.disk(outlined, config)
     parts = memory(outlined, config)  # the last to touch the outline, whose weights it casts
     total = sum(part.bytes for part in parts)
-    stages = work(config, flops, counted)
+    stages = work(config, flops, counted, processes)
     facts = Facts(
         config,
         {name: value for name, value in outlined.step.knobs.items() if config.objective.knobs.get(name) != AUTO},
         outlined.step.objective.needs,
         counted,
         torch.Size(outlined.latents).numel(),
+        processes,
     )
     bank = config.reference.bank
     models = len(config.reference.checkpoints) if config.reference.kind == "merged" else 1
@@ -68,6 +74,7 @@ def predict(config: Config, efficiency: float, prices: Mapping[str, float], comp
         | {"re_encoded": flops.re_encoded, "cached": flops.cached, "with_bank": flops.bank, "configured": stages.per_pair},
         "run": {
             "steps": config.train.steps,
+            "processes": processes,
             "comparisons_per_step": facts.pairs_per_step,
             "comparisons": stages.pairs,
             "epochs": facts.epochs,

@@ -15,7 +15,7 @@ from flowalign.settings import Config
 
 @dataclass(frozen=True)
 class Work:
-    """One process's run. FLOP of each stage; None where the number of comparisons is not known."""
+    """FLOP of each stage of a run, of all its processes; None where the number of comparisons is not known."""
 
     pairs: int
     """Comparisons trained on, repetitions included."""
@@ -25,17 +25,23 @@ class Work:
     caching: int | None
     bank: int | None
     validation: int | None
+    processes: int = 1
 
     @property
     def total(self) -> int:
         """All that is known."""
         return self.training + sum(each or 0 for each in (self.caching, self.bank, self.validation))
 
+    @property
+    def longest(self) -> float:
+        """FLOP that the first process does, which fills the bank while the others wait; all else they share evenly."""
+        return (self.total + (self.processes - 1) * (self.bank or 0)) / self.processes
 
-def work(config: Config, flops: Flops, counted: Counted) -> Work:
+
+def work(config: Config, flops: Flops, counted: Counted, processes: int = 1) -> Work:
     """Multiply out. Sample pictures, the report and reading files are not in it."""
     cfg, bank = config.train, config.reference.bank
-    pairs = cfg.steps * cfg.batch_size * cfg.accumulation
+    pairs = cfg.steps * cfg.batch_size * cfg.accumulation * processes
     per_pair = flops.cached if bank is None else flops.bank
     caching = filled = validation = None
     if counted.pictures is not None and counted.prompts is not None:
@@ -47,13 +53,15 @@ def work(config: Config, flops: Flops, counted: Counted) -> Work:
         every = cfg.validate_every or cfg.steps
         times = 1 + cfg.steps // every + (cfg.steps % every > 0)
         validation = times * held * (flops.policy_forward + (flops.reference if bank is None else 0))
-    return Work(pairs, per_pair, pairs * per_pair, caching, filled, validation)
+    return Work(pairs, per_pair, pairs * per_pair, caching, filled, validation, processes)
 
 
 def on_gpus(
     config: Config, work: Work, needed: int, efficiency: float, prices: Mapping[str, float]
 ) -> list[dict[str, str | float | bool]]:
-    """Speed, time and cost on one of each GPU that reaches `efficiency` of its peak; `needed` bytes must fit.
+    """Speed, time and cost on as many of each GPU as there are processes, each at `efficiency` of its peak.
+
+    needed: bytes that must fit into each.
 
     `prices` in USD an hour replace the assumed ones. Raises ConfigError for an efficiency or a GPU that is none.
     """
@@ -65,15 +73,15 @@ def on_gpus(
     rows: list[dict[str, Any]] = []
     for name, gpu in GPUS.items():
         speed = efficiency * gpu.peak(config.train.precision, config.train.tf32)
-        hours, price = work.total / speed / 3600, prices.get(name, gpu.usd_per_hour)
+        hours, price = work.longest / speed / 3600, prices.get(name, gpu.usd_per_hour)
         rows.append(
             {
                 "gpu": name,
                 "peak_tflops": gpu.peak(config.train.precision, config.train.tf32) / 1e12,
-                "comparisons_per_second": speed / work.per_pair,
+                "comparisons_per_second": work.processes * speed / work.per_pair,
                 "hours": hours,
                 "usd_per_hour": price,
-                "usd": hours * price,
+                "usd": work.processes * hours * price,
                 "memory_gib": gpu.gib,
                 "fits": needed <= USABLE * gpu.gib * 2**30,
                 "source": gpu.source,

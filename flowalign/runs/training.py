@@ -183,10 +183,15 @@ def _last_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def plan(
-    config: Config, *, efficiency: float = EFFICIENCY, prices: Mapping[str, float] | None = None, comparisons: int | None = None
+    config: Config,
+    *,
+    efficiency: float = EFFICIENCY,
+    prices: Mapping[str, float] | None = None,
+    comparisons: int | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What `align` would train, hold, store and cost: a dry run without weights and pictures, see `plan.predict`."""
-    found = predict(config, efficiency, prices or {}, comparisons)
+    found = predict(config, efficiency, prices or {}, comparisons, processes)
     return found | {"summary": page(found)}
 
 

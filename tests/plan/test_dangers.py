@@ -89,6 +89,15 @@ def test_only_losses_that_are_nearly_flat_are_blind_under_adams_epsilon(name: st
     ]
 
 
+def test_processes_count_in_a_step_and_in_the_advice() -> None:
+    few = facts(*EMOJI, "train.batch_size=1", "train.steps=400000")
+    assert [said for said in dangers(replace(few, processes=16)) if "a step sees" in said] == []
+    by_heart, step = dangers(replace(few, processes=6))[::-1]
+    assert "a step sees 6 comparisons" in step
+    assert "train.accumulation=3 or more" in step
+    assert "24 times" in by_heart
+
+
 def test_a_bank_that_align_refuses_is_said() -> None:
     (sentence,) = dangers(replace(facts(*EMOJI, "reference.bank=1"), needs=frozenset()))
     assert "flowalign align refuses it" in sentence

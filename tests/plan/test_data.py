@@ -137,6 +137,8 @@ def test_a_million_rows_are_counted_without_being_read(
     assert few.train == 999_000
     assert few.prepared == few.prompts == 1000 + 2 * 500 + 8 + 3  # at most: the first ones may be among the steps'
     assert few.pictures == 2 * few.prepared
+    seen = count(settings(tmp_path, *overrides, "train.steps=500", "sample.count=3"), processes=4).prepared
+    assert seen == 1000 + 4 * 2 * 500 + 8 + 3
     assert count(settings(tmp_path, *overrides, "train.steps=600000")).prepared is None
     assert count(settings(tmp_path, *overrides, "data.limit=30000")).train == 29_700
 

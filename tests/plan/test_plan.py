@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def test_stages_multiply_out(settings: Settings, tmp_path: Path) -> None:
     assert banked.validation == validations * 6 * 3 * 10
     seldom = work(settings(tmp_path, *RUN, "train.validate_every=null"), FLOPS, COUNTED)
     assert seldom.validation == 2 * 6 * 3 * 19
+    several = work(settings(tmp_path, *RUN, "reference.bank=2"), FLOPS, COUNTED, 8)
+    once = work(settings(tmp_path, *RUN, "reference.bank=2"), FLOPS, COUNTED)
+    assert several == replace(once, pairs=8 * 140, training=8 * 140 * 35, processes=8)
+    assert once.longest == once.total
+    assert several.bank is not None
+    assert several.longest == (several.total - several.bank) / 8 + several.bank  # one process fills it
     blind = work(settings(tmp_path, *RUN), FLOPS, Counted(None, None, None, None, False))
     assert (blind.caching, blind.bank, blind.validation, blind.total) == (None, None, None, 140 * 44)
 
@@ -60,6 +67,9 @@ def test_hours_and_money(settings: Settings, tmp_path: Path) -> None:
     assert rows["A100"]["usd"] == pytest.approx(2 / 1.56 / 500)
     assert rows["H100"]["usd_per_hour"] == GPUS["H100"].usd_per_hour
     assert {name: row["fits"] for name, row in rows.items()} == {"H100": True, "A100": True, "4090": False}
+    both = {row["gpu"]: row for row in on_gpus(config, replace(whole, processes=2), 23 * 2**30, 0.5, {"A100": 7.2})}
+    one, two = rows["A100"], both["A100"]
+    assert two == one | {"comparisons_per_second": 2 * one["comparisons_per_second"], "hours": one["hours"] / 2}
     exact = {row["gpu"]: row["peak_tflops"] for row in on_gpus(settings(tmp_path, "train.tf32=false"), whole, 0, 0.5, {})}
     assert exact == {"H100": 66.9, "A100": 19.5, "4090": 82.6}
 
@@ -133,6 +143,35 @@ def test_a_quantised_base_is_planned_without_the_package_that_quantises(
     command = ["plan", str(path), "--set", "model.quantize=nf4", "trainable.kind=full"]
     assert cli.main(command) == 2  # as align refuses it
     assert "quantised ones cannot move" in capsys.readouterr().err
+
+
+def test_several_processes_see_more_in_less_time(
+    settings: Settings, bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    overrides = ("train.batch_size=4", "train.learning_rate=1e-4", "objective.beta=2000")
+    path.write_text(dump(settings(tmp_path / "run", f"model.checkpoint={bare}", *overrides)))
+    found = {}
+    for count in ("1", "8"):
+        assert cli.main(["plan", str(path), "--json", "--processes", count]) == 0
+        found[count] = json.loads(capsys.readouterr().out)
+    assert cli.main(["plan", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found["1"]
+    one, eight = found["1"], found["8"]
+    assert ["a step sees 4 comparisons" in each for each in one["warnings"]] == [True]
+    assert eight["warnings"] == []
+    assert (eight["run"]["processes"], eight["run"]["comparisons_per_step"]) == (8, 32)
+    assert eight["run"]["epochs"] == pytest.approx(8 * one["run"]["epochs"])
+    assert (eight["memory"], eight["disk"]) == (one["memory"], one["disk"])
+    assert eight["run"]["flops"]["training"] == 8 * one["run"]["flops"]["training"]
+    assert all(eight["run"]["flops"][stage] == one["run"]["flops"][stage] for stage in ("caching", "bank", "validation"))
+    for row, alone in zip(eight["gpus"], one["gpus"], strict=True):
+        assert row["hours"] / alone["hours"] == pytest.approx(eight["run"]["flops"]["total"] / 8 / one["run"]["flops"]["total"])
+        assert row["usd"] == pytest.approx(8 * row["hours"] * row["usd_per_hour"])
+    for said in ("memory on each device", "4 steps of 32 comparisons over 8 processes = 128", "on 8 GPUs, each at 30% of its"):
+        assert said in eight["summary"]
+        assert said not in one["summary"]
+    assert "on one GPU at 30% of its dense fp32 peak (an assumption" in one["summary"]
 
 
 def test_a_model_in_the_hubs_cache_is_planned_by_its_settings(
