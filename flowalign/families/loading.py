@@ -104,21 +104,23 @@ def _configuration(file: Path) -> Path:
         raise CheckpointError(f"{file} is not a .safetensors file, and nothing else is read; convert it to safetensors first.")
     try:
         with safe_open(file, "pt") as weights:
-            keys = list(weights.keys())
+            names = weights.keys()
+            shapes = {key: weights.get_slice(key).get_shape() for key in names}
     except FAILURES as error:
         raise CheckpointError(f"{file} cannot be read ({reason(error)}); copy or download it again.") from error
-    if not any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
+    if not any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in shapes):
         raise CheckpointError(
             f"{file} holds no whole model in the original layout; give the file or folder of the full checkpoint."
         )
     for folder in (file.with_suffix(""), file.parent):
         if (folder / INDEX).is_file():
             return folder
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
     from huggingface_hub import snapshot_download
 
     try:
-        source = fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+        kinds = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}  # it looks at names and shapes
+        source = fetch_diffusers_config(kinds)["pretrained_model_name_or_path"]
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt"]))
     except FAILURES as error:
         raise CheckpointError(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from diffusers.loaders import single_file_utils
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -129,12 +130,42 @@ def test_a_single_file_without_settings_says_what_to_add(single_file: Path, offl
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_in_the_hubs_cache_is_found_offline(folders: dict[str, Path], offline: Path) -> None:
-    store = offline / "models--someone--tiny"
-    commit = "0" * 39 + "1"
-    shutil.copytree(folders["sample"], store / "snapshots" / commit)
+def in_the_hubs_cache(offline: Path, name: str, folder: Path) -> Path:
+    """The snapshot of a hub id that is like `folder`."""
+    store, commit = offline / f"models--{name.replace('/', '--')}", "0" * 39 + "1"
+    shutil.copytree(folder, store / "snapshots" / commit)
     (store / "refs").mkdir()
     (store / "refs" / "main").write_text(commit)
+    return store / "snapshots" / commit
+
+
+def test_the_kind_of_a_single_file_without_settings_is_read_off_names_and_shapes(
+    single_file: Path, folders: dict[str, Path], offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    own = single_file_utils.load_state_dict
+    monkeypatch.setattr(single_file_utils, "load_state_dict", lambda path, **rest: read.append(path) or own(path, **rest))
+    first, second = (
+        in_the_hubs_cache(offline, name, folders[kind])
+        for name, kind in (
+            ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v_zero_snr"),
+            ("stabilityai/stable-diffusion-2-1", "sample"),
+        )
+    )
+    assert locate(single_file, weights=False).folder == first
+    outlined = StableDiffusion.outline(single_file, dtype=torch.float32)
+    assert read == []
+    real = StableDiffusion.load(single_file, dtype=torch.float32)
+    assert read != []
+    assert outlined.noise.prediction_type == real.noise.prediction_type == "v_prediction"
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    for width, found in ((768, first), (1024, second)):  # of the text encoder's states, by which diffusers tells 1.x from 2.x
+        save_file({key: torch.zeros(1, width)}, single_file)
+        assert locate(single_file).folder == found
+
+
+def test_a_model_in_the_hubs_cache_is_found_offline(folders: dict[str, Path], offline: Path) -> None:
+    in_the_hubs_cache(offline, "someone/tiny", folders["sample"])
     family = StableDiffusion.load("someone/tiny", dtype=torch.float32)
     assert family.fingerprint("denoiser") == StableDiffusion.load(folders["sample"], dtype=torch.float32).fingerprint(
         "denoiser"
