@@ -104,11 +104,8 @@ def _gpus(plan: dict[str, Any]) -> Iterator[str]:
     if count == 1:
         yield f"on one GPU {reached} (an assumption, as are the prices; {without})"
     else:
-        alone = " but for the bank, which the first one fills" if plan["run"]["bank"] else ""
-        yield (
-            f"on {count:,} GPUs, each {reached}, which share the work without loss{alone} (assumptions, as are the prices of a "
-            f"GPU; {without})"
-        )
+        shared = "which share the work without loss"
+        yield f"on {count:,} GPUs, each {reached}, {shared} (assumptions, as are the prices of a GPU; {without})"
     rows = [("", "TFLOP/s", "comparisons/s", "time", "USD/hour", "USD", "")]
     for row in plan["gpus"]:
         fits = "" if row["fits"] else f"does not fit into {row['memory_gib']} GiB"

@@ -32,11 +32,6 @@ class Work:
         """All that is known."""
         return self.training + sum(each or 0 for each in (self.caching, self.bank, self.validation))
 
-    @property
-    def longest(self) -> float:
-        """FLOP that the first process does, which fills the bank while the others wait; all else they share evenly."""
-        return (self.total + (self.processes - 1) * (self.bank or 0)) / self.processes
-
 
 def work(config: Config, flops: Flops, counted: Counted, processes: int = 1) -> Work:
     """Multiply out. Sample pictures, the report and reading files are not in it."""
@@ -73,7 +68,7 @@ def on_gpus(
     rows: list[dict[str, Any]] = []
     for name, gpu in GPUS.items():
         speed = efficiency * gpu.peak(config.train.precision, config.train.tf32)
-        hours, price = work.longest / speed / 3600, prices.get(name, gpu.usd_per_hour)
+        hours, price = work.total / work.processes / speed / 3600, prices.get(name, gpu.usd_per_hour)
         rows.append(
             {
                 "gpu": name,
