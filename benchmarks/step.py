@@ -6,6 +6,7 @@
     reference   one forward of the reference over them, without gradients
     ours        the trainer's step: batch from the cache, noise, both forwards, loss, backward, clipping, AdamW
     bank        ours with the reference's errors read from a filled bank
+    late        bank, with LoRA on the attention of the up blocks alone, which spares a part of the backward pass
     re-encode   ours with pictures decoded and encoded by the VAE and prompts by the text encoder at every step
     published   re-encode with the library's own attention kernels and the VAE under autocast, as published scripts run it
 
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ from flowalign.rng import Keyed
 from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
 
-VARIANTS = ("floor", "reference", "ours", "bank", "re-encode", "published")
+VARIANTS = ("floor", "reference", "ours", "bank", "late", "re-encode", "published")
+LATE = [f"up_blocks.*.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+"""`trainable.targets` of the variant of that name."""
 
 
 def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str, Callable[[], None]]]:
@@ -73,12 +77,16 @@ def build(options: argparse.Namespace, folder: str) -> tuple[Prepared, dict[str,
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
 
+    def trains(batches: Iterator[Batch], run: Prepared) -> None:
+        train_on(next(batches), run)
+
     work = {"floor": floor, "reference": reference, "ours": lambda: train_on(next(stream))}
-    if "bank" in options.variants:
-        banked = prepare(configuration.load(options.config, [*overrides, "reference.bank=1"]), accelerator, progress=False)
-        banked.model.train()
-        repeated = banked.batches(0)
-        work["bank"] = lambda: train_on(next(repeated), banked)
+    for name, targets in (("bank", None), ("late", LATE)):
+        if name in options.variants:
+            settings = [*overrides, "reference.bank=1", *([f"trainable.targets={json.dumps(targets)}"] if targets else [])]
+            run = prepare(configuration.load(options.config, settings), accelerator, progress=False)
+            run.model.train()
+            work[name] = partial(trains, run.batches(0), run)
     if "re-encode" in options.variants:
         raw = raw_batches(config, ready, nullcontext)
         work["re-encode"] = lambda: train_on(next(raw))
@@ -180,12 +188,13 @@ def main() -> None:
         "bank_over_floor": ratio("bank", "floor"),
         "bank_faster_than_re_encode": ratio("re-encode", "bank"),
         "bank_faster_than_published": ratio("published", "bank"),
+        "late_faster_than_published": ratio("published", "late"),
     }
     print(f"{'':12}{'s/step':>9}{'pairs/s':>10}{'peak MiB':>10}")
     for name, row in figures.items():
         print(f"{name:12}{row['seconds']:9.3f}{row['pairs_per_second']:10.1f}{row['peak_mib']:10.0f}")
     for name, value in result.items():
-        if name.startswith(("ours_", "bank_")):
+        if name.startswith(("ours_", "bank_", "late_")):
             print(f"{name.replace('_', ' '):32}{value if value is not None else float('nan'):.3f}")
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
