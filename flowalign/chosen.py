@@ -28,6 +28,7 @@ def choose_trainable(config: Config, family: Family, policy: nn.Module) -> None:
             rank=wanted.rank,
             alpha=wanted.alpha,
             targets=wanted.targets or family.lora_targets,
+            idle=family.idle,
             seed=type_seed(config.train.seed, place),
             gradient_checkpointing=wanted.gradient_checkpointing,
         )

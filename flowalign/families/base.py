@@ -61,6 +61,9 @@ class Family(ABC):
     """Picture sides must be multiples of this."""
     lora_targets: tuple[str, ...]
     """Module names that LoRA adapts unless told otherwise."""
+    idle: tuple[str, ...] = ()
+    """Layers whose results the output never reads, by full names in which -1 is the last of a list; some may be missing. They
+    are never trained: a parameter without a gradient stops data parallelism."""
     negative: str | None = None
     """Rows of a guided pipeline's call to its denoiser that are the negative prompts': the first half, or the last; None where
     it calls for them apart, or not at all."""

@@ -26,6 +26,12 @@ class QwenImage(FlowFamily):
     name = "qwen_image"
     pipeline_classes = ("QwenImagePipeline",)
     lora_targets = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+    idle = (  # the text that leaves the last block, and its queries
+        "transformer_blocks.-1.attn.add_q_proj",
+        "transformer_blocks.-1.attn.norm_added_q",
+        "transformer_blocks.-1.attn.to_add_out",
+        "transformer_blocks.-1.txt_mlp",
+    )
     text_parts = ("text_encoder", "tokenizer")
     vae_class = "AutoencoderKLQwenImage"
 

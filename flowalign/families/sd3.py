@@ -30,6 +30,7 @@ class StableDiffusion3(FlowFamily):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    idle = ("transformer_blocks.-1.attn.add_q_proj", "transformer_blocks.-1.attn.norm_added_q")  # no text goes out of it
     negative = "first"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
     timesteps = "logit_normal"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -29,6 +30,7 @@ def make_trainable(
     targets: Sequence[str],
     seed: int,
     gradient_checkpointing: bool,
+    idle: Sequence[str] = (),
 ) -> None:
     """Turn on gradients for what learns: kind lora, full or none.
 
@@ -36,7 +38,8 @@ def make_trainable(
 
     AdamW steps of a usual learning rate round away in bfloat16, so what learns is always kept in float32.
     targets: ends of modules' names, or patterns of whole names such as up_blocks.*.to_q, where * stands for any part.
-    Raises ConfigError where no module matches `targets`.
+    idle: as of `Family`; nothing in these learns, and what LoRA puts there stays as it begins, which is nothing.
+    Raises ConfigError where no module matches `targets`, or only idle ones.
     """
     if kind == "lora":
         alpha = rank if alpha is None else alpha
@@ -53,8 +56,26 @@ def make_trainable(
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for name in idle:
+        if (layer := _layer(policy, name)) is not None:
+            layer.requires_grad_(False)
+    if kind == "lora" and not trained(policy):
+        raise ConfigError(
+            f"trainable.targets {list(targets)} match only layers whose results the denoiser's output never reads; "
+            "name others, or set trainable.targets=null."
+        )
     if gradient_checkpointing:
         policy.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _layer(policy: nn.Module, name: str) -> nn.Module | None:
+    """The layer of a full name in which -1 is the last of a list; None where there is none."""
+    found: Any = policy
+    for part in name.split("."):
+        found = found[-1] if part == "-1" else getattr(found, part, None)
+        if found is None:
+            return None
+    return found
 
 
 def _layers(policy: nn.Module) -> list[str]:

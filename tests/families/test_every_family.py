@@ -18,6 +18,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 
 from flowalign import plugins, runs
+from flowalign.chosen import choose_trainable
 from flowalign.config import parse
 from flowalign.data.batch import GEOMETRY, Conditioning
 from flowalign.device import make_accelerator
@@ -349,6 +350,31 @@ def test_before_any_step_the_loss_is_log_2(settings: Callable[..., Config], trai
     if trainable == "lora":
         assert moved
         assert all("lora_B" in name for name in moved)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_all_that_is_trained_has_a_gradient_and_the_rest_could_not_matter(
+    settings: Callable[..., Config], family: Family, kind: str
+) -> None:
+    """Data parallelism waits for every gradient. What a family calls idle can be anything without a trace in the output."""
+    choose_trainable(settings(f"trainable.kind={kind}"), family, family.denoiser)
+    parameters = dict(family.denoiser.named_parameters())
+    learns = trained(family.denoiser)
+    for name, parameter in parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(4))
+    given = latents(family), torch.tensor([0.1, 0.4, 0.7, 0.99]), told(family, PROMPTS)
+    output = family.predict(family.denoiser, *given)
+    output.square().mean().backward()
+    assert not [name for name, parameter in learns.items() if parameter.grad is None]
+    nothing = {name for name, parameter in learns.items() if not parameter.grad.any()}  # type: ignore[union-attr]
+    assert nothing <= {"x_pad_token"}  # of pictures whose tokens are no multiple of 32, which these are
+    still = {name: p for name, p in parameters.items() if not p.requires_grad and (kind == "full" or "lora" in name)}
+    assert bool(still) is bool(family.idle)
+    for parameter in still.values():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert torch.equal(family.predict(family.denoiser, *given), output)
 
 
 @LONG

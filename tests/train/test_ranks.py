@@ -24,6 +24,7 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.train.checkpoint import states
+from tests.families.conftest import qwen_image
 from tests.train.test_resume import FILES, SETTINGS, SIGNS, assert_same_run, forks, free_port, metrics
 
 Make = Callable[..., Config]
@@ -65,6 +66,22 @@ def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_pat
     one, both = (load_file(tmp_path / name / "weights" / FILES["lora"]) for name in ("one", "run"))
     for name, tensor in one.items():
         torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_family_with_layers_that_lead_nowhere_trains_in_two_processes(settings: Make, tmp_path: Path, kind: str) -> None:
+    """Data parallelism would stop at the second backward, had any that is trained no gradient."""
+    qwen_image().save_pretrained(tmp_path / "qwen")
+    of = (f"model.checkpoint={tmp_path / 'qwen'}", "data.resolution=32", f"trainable.kind={kind}")
+    codes, said = forks("ranks", spread(settings, tmp_path / "run", 2, *of), tmp_path, 2, free_port())
+    assert codes == {"ranks": 0}, said
+    runs.align(spread(settings, tmp_path / "one", 1, *of), progress=False)
+    file = FILES[kind].replace("unet", "transformer")
+    one, both = (load_file(tmp_path / name / "weights" / file) for name in ("one", "run"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(both[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.fixture

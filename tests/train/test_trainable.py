@@ -19,8 +19,10 @@ def unet(folders: dict[str, Path]) -> UNet2DConditionModel:
     return unet.requires_grad_(False)
 
 
-def lora(unet: UNet2DConditionModel, *, seed: int = 0, targets: tuple[str, ...] = ("to_q", "to_k")) -> None:
-    make_trainable(unet, "lora", rank=3, alpha=None, targets=targets, seed=seed, gradient_checkpointing=False)
+def lora(
+    unet: UNet2DConditionModel, *, seed: int = 0, targets: tuple[str, ...] = ("to_q", "to_k"), idle: tuple[str, ...] = ()
+) -> None:
+    make_trainable(unet, "lora", rank=3, alpha=None, targets=targets, seed=seed, gradient_checkpointing=False, idle=idle)
 
 
 def test_adapters_are_float32_on_a_bfloat16_model_and_start_as_nothing(unet: UNet2DConditionModel) -> None:
@@ -80,6 +82,16 @@ def test_a_full_fine_tune_learns_everything_in_float32(unet: UNet2DConditionMode
     assert trained(unet).keys() == dict(unet.named_parameters()).keys()
     assert {parameter.dtype for parameter in unet.parameters()} == {torch.float32}
     assert unet.is_gradient_checkpointing
+
+
+def test_what_leads_nowhere_is_not_trained(unet: UNet2DConditionModel) -> None:
+    attention = "up_blocks.-1.attentions.-1.transformer_blocks.0.attn1"
+    with pytest.raises(ConfigError, match=r"trainable.targets \['up_blocks.1.*to_q'\] match only layers whose results"):
+        lora(
+            unet,
+            targets=("up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q",),
+            idle=(f"{attention}.to_q", "no_block.0", f"{attention}.norm_q"),
+        )
 
 
 def test_targets_that_match_nothing_name_what_there_is(unet: UNet2DConditionModel) -> None:
