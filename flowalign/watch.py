@@ -25,6 +25,7 @@ from flowalign.families.personal import Personal, write_users
 from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.families.steer import STEER, Steering, Telling, write_steering
 from flowalign.files import write_text
+from flowalign.report.card import MADE
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
 from flowalign.settings import Config, Users
@@ -204,6 +205,13 @@ def parts(run: RunDir, policy: nn.Module) -> list[tuple[RunDir, nn.Module]]:
     return [(RunDir(run.types / str(place)), each) for place, each in enumerate(policies)]
 
 
+def _made(pipeline: Any) -> dict[str, Any]:
+    """What opens a checkpoint like this one: its class, and the parts that it wants to be told are not there."""
+    optional = type(pipeline)._optional_components
+    absent = [name for name, part in pipeline.components.items() if part is None and name not in optional]
+    return {"pipeline": type(pipeline).__name__, "absent": absent}
+
+
 def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Module) -> list[Path]:
     """What was learned, for others to load, and who is of which type of annotator; returns the run folders that hold it."""
     family, written = ready.family, []
@@ -213,7 +221,9 @@ def write_weights(config: Config, ready: Prepared, run: RunDir, policy: nn.Modul
         beside = {STEER: write_steering(config.steer, shift)} if config.steer is not None else {}
         if config.users is not None:
             beside = {USERS: write_users(_named(ready), shift), **kept_lora(config.users)}
-        export(learned, config.trainable.kind, family.pipeline(learned), family.component, part.weights, beside)
+        pipeline = family.pipeline(learned)
+        export(learned, config.trainable.kind, pipeline, family.component, part.weights, beside)
+        part.write_json(MADE, _made(pipeline))
         written.append(part.path)
     if ready.annotators is not None:
         run.write_json("annotators.json", ready.annotators.table())

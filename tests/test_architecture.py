@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from flowalign import plugins
 
 PACKAGE = Path(__file__).resolve().parents[1] / "flowalign"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -84,6 +87,24 @@ def imports(path: Path) -> Iterator[str]:
                 name = f"{node.module}.{alias.name}"
                 inner = PACKAGE.parent / name.replace(".", "/")
                 yield name if inner.is_dir() or inner.with_suffix(".py").is_file() else str(node.module)
+
+
+def assigned(path: Path) -> set[str]:
+    """Names that a module itself gives values to."""
+    return {ast.unparse(target) for node in tree(path).body if isinstance(node, ast.Assign) for target in node.targets}
+
+
+def names_and_strings(node: ast.AST) -> Iterator[str]:
+    """What a node of the tree says by itself: a text, a name, an attribute, an imported name."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+        yield from re.findall(r"\w+", node.value) if "Pipeline" in node.value else ()  # code that is written out
+    elif isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, ast.Attribute):
+        yield node.attr
+    elif isinstance(node, ast.alias):
+        yield node.name
 
 
 def forbidden(importer: str, imported: str) -> str | None:
@@ -207,6 +228,39 @@ def test_one_module_knows_deepspeed_and_imports_it_where_it_is_used() -> None:
 def test_no_module_is_too_long_to_read(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= 350, f"{lines} lines: split by noun"
+
+
+FAMILIES = [path for path in FILES if path.parent.name == "families" and "FAMILY" in assigned(path)]
+SPREADS = {("runs.scoring", "sd"), ("report.scores", "sd")}
+"""Where "sd" is a standard deviation."""
+
+
+@cache
+def families() -> frozenset[str]:
+    """What only `families/` may say: the families' names and those of their pipelines' classes."""
+    classes = (plugins.load("families", path.stem).pipeline_classes for path in FAMILIES)
+    return frozenset({path.stem for path in FAMILIES}.union(*classes))
+
+
+@each_file
+def test_families_are_known_by_name_in_their_folder_only(path: Path) -> None:
+    if path.parent.name == "families":
+        return
+    said = {(value, node.lineno) for node in ast.walk(tree(path)) for value in names_and_strings(node)}
+    found = {(word, line) for word, line in said if word in families() and (module(path), word) not in SPREADS}
+    assert not found, f"ask the checkpoint's family instead of naming one: {sorted(found)}"
+    assert not {f"flowalign.families.{each.stem}" for each in FAMILIES} & set(imports(path))
+
+
+def test_the_families_are_those_that_are_found() -> None:
+    assert {path.stem for path in FAMILIES} == set(plugins.names("families"))
+    assert {"sd3", "StableDiffusion3Pipeline"} <= families()
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_a_family_is_short(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 160, f"{lines} lines: what other families do as well belongs into latent.py"
 
 
 @each_file

@@ -16,6 +16,7 @@ from flowalign import plugins
 from flowalign.config import load
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import Generated
+from flowalign.families.loading import INDEX, family_of
 from flowalign.files import atomic, write_text
 from flowalign.report.page import read_lines, read_mapping
 from flowalign.report.pictures import Samples, read_samples
@@ -23,6 +24,9 @@ from flowalign.settings import Config
 
 ACROSS, ROWS = 8, 2  # prompts side by side in the picture, and how many such rows of before and after
 CELL = (128, 256)  # pixels: smaller pictures are doubled until they reach the first, larger ones are shrunk to the second
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MADE = "model.json"
+"""What a run's weights go into: the class of the pipeline, and which of its parts the checkpoint leaves out."""
 MEASURED = {
     "eval/rewards/accuracies": "pairs ranked right",
     "eval/rewards/margins": "reward margin βΔ",
@@ -35,8 +39,8 @@ MEASURED = {
 def write_card(run: str | Path) -> Path:
     """Write `weights/README.md` and, where the run drew samples, `weights/samples.png`; returns the card's path.
 
-    Read are config.yaml, data.json, environment.json, metrics.jsonl, samples/ and evaluation/evaluation.json; only the
-    first must be there. Raises ConfigError or CheckpointError for one that is missing or cannot be read, and
+    Read are config.yaml, model.json, data.json, environment.json, metrics.jsonl, samples/ and evaluation/evaluation.json; only
+    the first must be there. Raises ConfigError or CheckpointError for one that is missing or cannot be read, and
     CheckpointError for a run without weights.
     """
     run = Path(run)
@@ -51,7 +55,7 @@ def write_card(run: str | Path) -> Path:
         _front(config),
         _opening(run, config, environment) if not merged else _merged(run, config, merged),
         _pictures(samples, weights / "samples.png"),
-        _usage(config, weights),
+        _usage(run, config, weights),
         "" if merged else _training(config, environment),
         _data(read_mapping(run / "data.json")),
         _measured(list(read_lines(run / "metrics.jsonl"))),
@@ -105,7 +109,7 @@ def _front(config: Config) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
         relation = "finetune" if config.trainable.kind == "full" else "adapter"
         front = {"base_model": base, "base_model_relation": relation}
-    tags = ["flowalign", "stable-diffusion", "preference-alignment", config.objective.name]
+    tags = ["flowalign", "preference-alignment", config.objective.name]
     front |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     front["tags"] = [*tags, "lora"] if config.trainable.kind == "lora" else tags
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---"
@@ -148,32 +152,48 @@ def _pictures(samples: Samples, path: Path) -> str:
     )
 
 
-def _usage(config: Config, weights: Path) -> str:
-    model = config.model
-    options = "".join(
-        f", {name}={json.dumps(value)}" for name, value in (("revision", model.revision), ("variant", model.variant)) if value
-    )
-    opened = "from_single_file" if model.checkpoint.endswith(".safetensors") else "from_pretrained"
+def _usage(run: Path, config: Config, weights: Path) -> str:
+    """Python that draws a picture; nothing where it is not known what opens the file that holds the base."""
+    model, sample, made = config.model, config.sample, read_mapping(run / MADE)
+    kind = made.get("pipeline") or read_mapping(weights / INDEX).get("_class_name")
+    call = {"guidance_scale": sample.guidance}
+    if kind is not None:
+        call = plugins.load("families", family_of(kind)).call(sample.guidance, 1)
+    absent = dict.fromkeys(made.get("absent", ()))
     folder = f"{json.dumps(weights.as_posix())}  # this folder, or its name on the hub"
-    if config.trainable.kind == "lora":
-        lines = [
-            f"pipe = StableDiffusionPipeline.{opened}({json.dumps(model.checkpoint)}{options})",
-            f"folder = {folder}",
-            "pipe.load_lora_weights(folder)",
-        ]
-    elif config.trainable.kind == "none":
-        lines = [
-            f"pipe = StableDiffusionPipeline.{opened}({json.dumps(model.checkpoint)}{options})",
-            f"folder = {folder}",
-            'flowalign.personal(pipe, folder, "the name of a user")',
-        ]
+    imports, opener = ["import torch"], "DiffusionPipeline"
+    dtype = f", dtype=torch.{DTYPES[config.train.precision]}"  # text encoders would come in the dtype of their files
+    if config.trainable.kind == "full":
+        lines = [f"folder = {folder}", f"pipe = {opener}.from_pretrained(folder{_arguments(absent)}{dtype})"]
+    elif model.checkpoint.endswith(".safetensors"):
+        if kind is None:
+            return ""
+        opener, file = kind, Path(model.checkpoint)
+        beside = [each for each in (file.with_suffix(""), file.parent) if (each / INDEX).is_file()]
+        settings = {"config": beside[0].as_posix()} if beside else {}
+        lines = [f"pipe = {opener}.from_single_file({json.dumps(model.checkpoint)}{_arguments(settings | absent)}{dtype})"]
     else:
-        lines = [f"folder = {folder}", "pipe = StableDiffusionPipeline.from_pretrained(folder)"]
-    sample = config.sample
-    call = f'image = pipe("a prompt", num_inference_steps={sample.steps}, guidance_scale={sample.guidance:g}).images[0]'
-    imports = ["import flowalign"] if config.trainable.kind == "none" else []
-    imports += ["from diffusers import StableDiffusionPipeline"]
-    return "\n".join(["## Use", "", "```python", *imports, "", *lines, call, "```"])
+        named = {name: value for name, value in (("revision", model.revision), ("variant", model.variant)) if value}
+        lines = [f"pipe = {opener}.from_pretrained({json.dumps(model.checkpoint)}{_arguments(named | absent)}{dtype})"]
+    if config.trainable.kind != "full":
+        lines.append(f"folder = {folder}")
+    if config.steer is not None:  # both load the LoRA as well
+        imports.insert(0, "import flowalign")
+        lines.append(f"flowalign.steered(pipe, folder, {json.dumps(dict.fromkeys(config.steer.objectives, 1))})")
+    elif config.users is not None:
+        imports.insert(0, "import flowalign")
+        lines.append('flowalign.personal(pipe, folder, "the name of a user")')
+    elif config.trainable.kind == "lora":
+        lines.append("pipe.load_lora_weights(folder)")
+    imports.append(f"from diffusers import {opener}")
+    lines.append(f'image = pipe("a prompt", num_inference_steps={sample.steps}{_arguments(call)}).images[0]')
+    return "\n".join(["## Use", "", "```python", *imports, "", *lines, "```"])
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    """As they follow others in a call."""
+    shown = {name: "None" if value is None else json.dumps(value) for name, value in given.items()}
+    return "".join(f", {name}={value.removesuffix('.0')}" for name, value in shown.items())
 
 
 def _training(config: Config, environment: Mapping[str, Any]) -> str:
@@ -184,7 +204,7 @@ def _training(config: Config, environment: Mapping[str, Any]) -> str:
         alpha = trainable.rank if trainable.alpha is None else trainable.alpha
         rows |= {"trained": f"LoRA, rank {trainable.rank}, alpha {alpha:g}"}
     elif trainable.kind == "full":
-        rows |= {"trained": "all weights of the U-Net"}
+        rows |= {"trained": "all weights of the denoiser"}
     warmup = f"{train.warmup_steps} steps of warm-up, then " if train.warmup_steps else ""
     rows |= {
         "optimizer steps": train.steps,

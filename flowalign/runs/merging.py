@@ -14,7 +14,7 @@ from flowalign import config as configuration
 from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.families.loading import FAILURES, LORA, find_lora, open_family
 from flowalign.files import atomic_folder, write_text
-from flowalign.report.card import write_card
+from flowalign.report.card import MADE, write_card
 from flowalign.runs.folders import fresh
 from flowalign.settings import Config
 from flowalign.train.merging import BACK, Factors, compressed, merge_factors, merge_weights, shares
@@ -77,6 +77,8 @@ def merge(
     merged = first.model_copy(update={"trainable": trainable, "output": str(out)})
     write_text(folder.config, configuration.dump(merged))
     write_text(out / MERGE, json.dumps(about, indent=1) + "\n")
+    if (made := Path(runs[0]).expanduser() / MADE).is_file():
+        write_text(out / MADE, made.read_text(encoding="utf-8"))
     write_card(out)
     parts = " + ".join(f"{weight:g} {run}" for weight, run in zip(weights, runs, strict=True))
     return about | {

@@ -18,7 +18,8 @@ PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "pe
 
 
 class RunDir:
-    """`config.yaml`, `environment.json`, `data.json`, `metrics.jsonl`, `weights/`, `state/`, `samples/`, `report.html`.
+    """`config.yaml`, `environment.json`, `data.json`, `model.json`, `metrics.jsonl`, `weights/`, `state/`, `samples/`,
+    `report.html`.
 
     A run with a policy for each type of annotator has `annotators.json`, and in `types/` a run folder for each, with
     `config.yaml`, `weights/`, `samples/` and `report.html`.

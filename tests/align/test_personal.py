@@ -25,10 +25,12 @@ from flowalign.errors import ConfigError
 from flowalign.families.base import CONTEXT
 from flowalign.families.loading import USERS, open_checkpoint
 from flowalign.families.sampling import SamplerSettings, sample
+from flowalign.families.steer import steering_of
 from flowalign.rng import Keyed
 from flowalign.settings import Config
 from flowalign.setup import Prepared, load_objective, prepare
 from flowalign.train.trainable import trained
+from tests.report.test_card import drawn_by_the_card
 
 Make = Callable[..., Prepared]
 USED = ("users={tokens: 2}", "trainable.kind=none")
@@ -277,6 +279,9 @@ def test_a_card_and_a_report_are_written_without_any_adapter(run: Path) -> None:
     assert "Embeddings of users for" in card
     assert "flowalign.personal(pipe, folder," in card
     assert "load_lora_weights" not in card
+    assert "flowalign.personal" in card
+    pipe = drawn_by_the_card(run)["pipe"]
+    assert steering_of(pipe).rows is not None  # type: ignore[union-attr]
     assert (run / "report.html").is_file()
 
 

@@ -27,11 +27,12 @@ from flowalign.device import make_accelerator
 from flowalign.errors import ConfigError
 from flowalign.families.base import CONTEXT
 from flowalign.families.sampling import SamplerSettings, sample
-from flowalign.families.steer import STEER
+from flowalign.families.steer import STEER, steering_of
 from flowalign.rng import Keyed, key
 from flowalign.settings import Config
 from flowalign.setup import Prepared, load_objective, prepare
 from flowalign.train.trainable import trained
+from tests.report.test_card import drawn_by_the_card
 
 Make = Callable[..., Prepared]
 STEER_BY = "steer={objectives: [red, blue], hidden: 16}"
@@ -270,6 +271,11 @@ def learned(
     )
     runs.align(config, progress=False)
     return config
+
+
+def test_the_code_in_the_card_steers(learned: Config) -> None:
+    pipe = drawn_by_the_card(Path(learned.output))["pipe"]
+    assert steering_of(pipe).rows == ((0.5, 0.5),)  # type: ignore[union-attr]
 
 
 def prefers_red(config: Config, weights: dict[str, float] | None) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from flowalign import runs
@@ -14,6 +15,7 @@ from flowalign.config import dump, parse
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.report.card import literal, write_card
 from flowalign.settings import Config
+from tests.families.conftest import qwen_image
 
 NASTY = "a `tick` | a pipe\nand <b>tags</b>"
 
@@ -143,17 +145,61 @@ def test_code_spans_end_where_they_should(text: str) -> None:
     assert inner.strip() == text
 
 
+def drawn_by_the_card(run: Path) -> dict[str, object]:
+    """What the code in a run's card leaves behind."""
+    code = write_card(run).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(code.replace("the name of a user", "ann"), names)
+    return names
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_the_code_in_the_card_runs(kind: str, settings: Callable[..., Config], tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = [f"trainable.kind={kind}", "train.steps=2", "train.batch_size=4"]
     assert runs.align(settings(run, *overrides), progress=False)["finished"]
-    text = write_card(run).read_text(encoding="utf-8")
-    code = text.split("```python\n")[1].split("```")[0]
-    names: dict[str, object] = {}
-    exec(code, names)
+    names = drawn_by_the_card(run)
     assert names["image"].size == (32, 32)  # type: ignore[attr-defined]
     if kind == "lora":
         assert names["pipe"].get_active_adapters() == ["default_0"]  # type: ignore[attr-defined]
     with Image.open(run / "weights" / "samples.png") as picture:
         assert picture.size == (128 + 2 * 8, 2 * (128 + 8 + 18) + 2 * 8)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_code_in_the_card_runs_for_a_flow_without_all_its_encoders(
+    kind: str, settings: Callable[..., Config], emoji: Path, tmp_path: Path
+) -> None:
+    run, checkpoint = tmp_path / "run", emoji / "tiny-sd3"
+    assert runs.align(
+        settings(run, f"trainable.kind={kind}", f"model.checkpoint={checkpoint}", "train.steps=2"),
+        progress=False,
+    )["finished"]
+    names = drawn_by_the_card(run)  # the text encoders' files are float16
+    assert names["image"].size == (64, 64)  # type: ignore[attr-defined]
+    assert json.loads((run / "model.json").read_text())["absent"] == ["text_encoder_3", "tokenizer_3"]
+    assert names["pipe"].text_encoder_3 is None  # type: ignore[attr-defined]
+
+
+def test_a_card_asks_for_guidance_as_the_family_does(settings: Callable[..., Config], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    qwen_image().save_pretrained(tmp_path / "qwen")
+    (run / "weights").mkdir(parents=True)
+    config = settings(run, f"model.checkpoint={tmp_path / 'qwen'}", "sample.steps=1")
+    (run / "config.yaml").write_text(dump(config))
+    (run / "model.json").write_text('{"pipeline": "QwenImagePipeline", "absent": []}')
+    text = write_card(run).read_text(encoding="utf-8")
+    assert 'true_cfg_scale=5, negative_prompt=[""]).images[0]' in text
+    call = text.split("pipe(")[1].split(").images")[0]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "qwen")
+    assert eval(f"pipe({call}, height=32, width=32)", {"pipe": pipe}).images[0].size == (32, 32)
+
+
+def test_the_card_of_a_single_file_opens_it_by_its_class(run: Path, tmp_path: Path) -> None:
+    tree = {"model": {"checkpoint": "a/b.safetensors"}, "data": {"train": "x"}, "objective": {"name": "dpo", "beta": 5000}}
+    (run / "config.yaml").write_text(dump(parse(tree)))
+    assert "## Use" not in write_card(run).read_text(encoding="utf-8")  # of what class it is, nothing says
+    (run / "model.json").write_text('{"pipeline": "StableDiffusionXLPipeline", "absent": []}')
+    text = write_card(run).read_text(encoding="utf-8")
+    assert 'pipe = StableDiffusionXLPipeline.from_single_file("a/b.safetensors", dtype=torch.bfloat16)' in text
+    assert "from diffusers import StableDiffusionXLPipeline" in text
