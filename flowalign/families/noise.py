@@ -130,6 +130,7 @@ class FlowNoise(Noise):
         least, most = config.get("base_shift") or 0.5, config.get("max_shift") or 1.15
         self._slope = (most - least) / (high - low)
         self._offset = least - self._slope * low
+        self._terminal: float = config.get("shift_terminal") or 0.0
 
     def timesteps(self, t: Tensor) -> Tensor:
         """t `[B]` in [0, 1] -> t·T, float32: continuous, as the flow schedulers of diffusers have it."""
@@ -158,12 +159,16 @@ class FlowNoise(Noise):
 
         s is the scheduler's `shift`; where it shifts dynamically, exp(μ) with μ linear in the number of tokens, as the
         pipelines of FLUX.1 and its successors compute it, or μ itself where the scheduler's type is linear.
+
+        A scheduler with `shift_terminal` τ stretches its levels so that the last before the picture is τ, by a factor that
+        depends on how many there are. Here it is the factor of ever more of them: t'' = 1 − (1−τ)(1−t').
         """
         shift = self._shift
         if self._dynamic:
             mu = self._offset + self._slope * tokens
             shift = math.exp(mu) if self._exponential else mu
-        return shift * t / (1 + (shift - 1) * t)
+        level = shift * t / (1 + (shift - 1) * t)
+        return 1 - (1 - self._terminal) * (1 - level)
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def drawn(
 
     pipeline.set_progress_bar_config(disable=True)  # one bar over pictures instead of one per batch
     try:
-        pipeline.scheduler = _scheduler(own, settings.sampler)
+        pipeline.scheduler = _scheduler(own, settings.sampler, settings.steps)
         with tqdm(total=len(prompts), unit="picture", disable=not progress) as bar:
             for start in range(0, len(prompts), batch_size):
                 chosen = range(start, min(start + batch_size, len(prompts)))
@@ -189,7 +189,11 @@ def _check_lengths(prompts: Sequence[str], seeds: Sequence[int]) -> None:
         raise DataError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
 
 
-def _scheduler(own: Any, sampler: str) -> Any:
+def _scheduler(own: Any, sampler: str, steps: int) -> Any:
+    if own.config.get("shift_terminal") and steps == 1:  # its only level would have to be both the first and the last
+        raise ConfigError(
+            "steps is 1, and the checkpoint's scheduler has a shift_terminal, which takes at least 2; set steps=2."
+        )
     if sampler == "default":
         return type(own).from_config(own.config)
     import diffusers

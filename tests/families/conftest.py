@@ -207,7 +207,9 @@ def qwen_image() -> Any:
     )
     return QwenImagePipeline(
         transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
         vae=AutoencoderKLQwenImage(
             base_dim=16,
             z_dim=4,

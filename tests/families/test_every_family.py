@@ -170,7 +170,7 @@ def test_latents_decode_to_the_pictures_they_were_made_from(checkpoint: Path, fa
         return (ends,)
 
     scheduler.step = last
-    found = pipeline(["a", "b"], num_inference_steps=1, output_type="pt", **family.call(1.0, 2), **SMALL).images
+    found = pipeline(["a", "b"], num_inference_steps=2, output_type="pt", **family.call(1.0, 2), **SMALL).images
     torch.testing.assert_close(found, (wanted / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_what_the_sampler_ended_at_comes_with_a_picture_and_decodes_to_it(checkp
         return (family.pack(ends),)
 
     pipeline.scheduler.step = last
-    pictures = pipeline(["a", "b"], num_inference_steps=1, **family.call(1.0, 2), **SMALL).images
+    pictures = pipeline(["a", "b"], num_inference_steps=2, **family.call(1.0, 2), **SMALL).images
     for ours, theirs in zip(found, pictures, strict=True):
         assert np.abs(np.asarray(ours.picture, int) - np.asarray(theirs, int)).max() <= 1
     assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 1
@@ -212,6 +212,16 @@ def test_samplers_of_diffusion_are_refused_for_flows(family: Family) -> None:
     drawing = sample(pipeline, ["a"], [0], SamplerSettings(sampler="ddim", steps=2, **SMALL), progress=False)
     if isinstance(family.noise, FlowNoise):  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match=r"'ddim' is for diffusion models.*choose 'default'"):
+            next(drawing)
+    else:
+        assert next(drawing)[1].size == (SIDE, SIDE)
+
+
+def test_one_step_is_refused_where_the_scheduler_has_no_such_schedule(family: Family) -> None:
+    pipeline = family.pipeline(family.denoiser)
+    drawing = sample(pipeline, ["a"], [0], SamplerSettings(steps=1, **SMALL), progress=False)
+    if pipeline.scheduler.config.get("shift_terminal"):
+        with pytest.raises(ConfigError, match=r"steps is 1, and .* at least 2"):
             next(drawing)
     else:
         assert next(drawing)[1].size == (SIDE, SIDE)
@@ -249,7 +259,10 @@ def test_noise_and_targets(family: Family) -> None:
 
 
 def test_shifted_times_are_the_schedulers(family: Family) -> None:
-    """At 16 x 16 latents and at 128 x 128; the pipelines' own function gives μ where the scheduler shifts dynamically."""
+    """At 16 x 16 latents and at 128 x 128; the pipelines' own function gives μ where the scheduler shifts dynamically.
+
+    What a scheduler does to the levels so that the last is the one it wants is compared where that last one was next to none.
+    """
     t = torch.tensor([0.9, 0.5, 0.2])
     for side in (16, 128):
         found = family.shifted(t, (side, side))
@@ -259,8 +272,10 @@ def test_shifted_times_are_the_schedulers(family: Family) -> None:
         scheduler = family.pipeline(family.denoiser).scheduler
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift((side // 2) ** 2, *(scheduler.config[key] for key in keys))
-        scheduler.set_timesteps(sigmas=t.tolist(), **({"mu": mu} if scheduler.config.use_dynamic_shifting else {}))
-        torch.testing.assert_close(found, scheduler.sigmas[:-1], rtol=0, atol=1e-6)
+        scheduler.set_timesteps(sigmas=[*t.tolist(), 1e-8], **({"mu": mu} if scheduler.config.use_dynamic_shifting else {}))
+        torch.testing.assert_close(found, scheduler.sigmas[:-2], rtol=0, atol=1e-6)
+        ends = family.shifted(torch.tensor([1.0, 0.0]), (side, side))
+        torch.testing.assert_close(ends, torch.tensor([1.0, scheduler.config.shift_terminal or 0.0]), rtol=0, atol=1e-6)
 
 
 def test_dtypes_and_parts_in_bfloat16(checkpoint: Path) -> None:
@@ -326,7 +341,7 @@ def settings(checkpoint: Path, votes: Path, tmp_path: Path) -> Callable[..., Con
                 "device": "cpu",
                 "threads": 2,
             },
-            "sample": {"count": 1, "steps": 1},
+            "sample": {"count": 1, "steps": 2},
             "output": str(tmp_path / "run"),
         }
         return parse(tree, "test", overrides)

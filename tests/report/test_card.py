@@ -185,7 +185,7 @@ def test_a_card_asks_for_guidance_as_the_family_does(settings: Callable[..., Con
     run = tmp_path / "run"
     qwen_image().save_pretrained(tmp_path / "qwen")
     (run / "weights").mkdir(parents=True)
-    config = settings(run, f"model.checkpoint={tmp_path / 'qwen'}", "sample.steps=1")
+    config = settings(run, f"model.checkpoint={tmp_path / 'qwen'}", "sample.steps=2")
     (run / "config.yaml").write_text(dump(config))
     (run / "model.json").write_text('{"pipeline": "QwenImagePipeline", "absent": []}')
     text = write_card(run).read_text(encoding="utf-8")

@@ -74,7 +74,7 @@ def test_chunks_in_two_processes_are_one_process_without(settings: Make, tmp_pat
 def test_a_family_with_layers_that_lead_nowhere_trains_in_two_processes(settings: Make, tmp_path: Path, kind: str) -> None:
     """Data parallelism would stop at the second backward, had any that is trained no gradient."""
     qwen_image().save_pretrained(tmp_path / "qwen")
-    of = (f"model.checkpoint={tmp_path / 'qwen'}", "data.resolution=32", f"trainable.kind={kind}")
+    of = (f"model.checkpoint={tmp_path / 'qwen'}", "data.resolution=32", f"trainable.kind={kind}", "sample.steps=2")
     codes, said = forks("ranks", spread(settings, tmp_path / "run", 2, *of), tmp_path, 2, free_port())
     assert codes == {"ranks": 0}, said
     runs.align(spread(settings, tmp_path / "one", 1, *of), progress=False)
