@@ -108,7 +108,8 @@ def sdxl() -> Any:
     )
 
 
-def sd3(*, with_t5: bool = True) -> Any:
+def sd3(*, with_t5: bool = True, **settings: Any) -> Any:
+    """settings: of the transformer, as SD 3.5 has them."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     transformer = SD3Transformer2DModel(
@@ -123,6 +124,7 @@ def sd3(*, with_t5: bool = True) -> Any:
         caption_projection_dim=32,
         pooled_projection_dim=48,
         pos_embed_max_size=24,
+        **settings,
     )
     encoder, tokenizer = t5(64) if with_t5 else (None, None)
     return StableDiffusion3Pipeline(
@@ -265,6 +267,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sdxl": sdxl,
     "sd3": sd3,
     "sd3-no-t5": lambda: sd3(with_t5=False),
+    "sd3-medium": lambda: sd3(with_t5=False, qk_norm="rms_norm", dual_attention_layers=(0,)),
     "flux": flux,
     "flux-schnell": lambda: flux(guidance=False),
     "qwen_image": qwen_image,
