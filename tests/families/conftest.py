@@ -31,13 +31,13 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def clip(*, projection: int | None) -> Any:
-    """A CLIP text encoder of 32 channels; with a projection of its pooled state if a size for it is given."""
+def clip(*, projection: int | None, width: int = 32) -> Any:
+    """A CLIP text encoder of so many channels; with a projection of its pooled state if a size for it is given."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=2 + 2 * len(LETTERS),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -77,7 +77,8 @@ def sd() -> Any:
     return pipeline
 
 
-def sdxl() -> Any:
+def sdxl(*, second: int = 32) -> Any:
+    """second: channels of the second text encoder."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -86,7 +87,7 @@ def sdxl() -> Any:
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
+        cross_attention_dim=32 + second,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -97,7 +98,7 @@ def sdxl() -> Any:
         vae=vae(latent_channels=4, scaling_factor=12.0),  # a random encoder tells colours apart weakly
         unet=unet.eval(),
         text_encoder=clip(projection=None),
-        text_encoder_2=clip(projection=24),
+        text_encoder_2=clip(projection=24, width=second),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         scheduler=EulerDiscreteScheduler(

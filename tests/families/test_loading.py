@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from flowalign.errors import CheckpointError
 from flowalign.families.loading import LORA, detect_family, locate, open_checkpoint
 from flowalign.families.sd import StableDiffusion
+from flowalign.families.sdxl import StableDiffusionXL
+from tests.families.conftest import sdxl
 
 RESNET = (
     ("norm1", "in_layers.0"),
@@ -32,6 +35,8 @@ RESNET = (
 UNET = (  # diffusers prefix -> original prefix, for two blocks of one layer each
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.linear_2", "time_embed.2"),
+    ("add_embedding.linear_1", "label_emb.0.0"),
+    ("add_embedding.linear_2", "label_emb.0.2"),
     ("conv_in", "input_blocks.0.0"),
     ("down_blocks.0.resnets.0", "input_blocks.1.0"),
     ("down_blocks.0.attentions.0", "input_blocks.1.1"),
@@ -67,8 +72,42 @@ VAE = (
 )
 
 
-def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """The tiny pipeline's weights under the names of the original Stable Diffusion code."""
+OPEN_CLIP = (
+    (r"^text_model\.", ""),
+    (r"^embeddings\.token_embedding", "token_embedding"),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^encoder\.layers", "transformer.resblocks"),
+    (r"layer_norm([12])", r"ln_\1"),
+    (r"final_layer_norm", "ln_final"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"^text_projection\.weight", "text_projection"),
+)
+
+
+def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def open_clip(encoder: Any) -> dict[str, Tensor]:
+    """A CLIP text encoder's weights as OpenCLIP has them: one matrix for queries, keys and values, a transposed projection."""
+    state, weights = encoder.state_dict(), {}
+    for key, tensor in state.items():
+        name = renamed(key, OPEN_CLIP)
+        if key.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
+            continue
+        if ".q_proj." in key:
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+            tensor = torch.cat([state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+        weights[name] = tensor.T if name == "text_projection" else tensor
+    return weights
+
+
+def original_layout(pipeline: Any) -> dict[str, Tensor]:
+    """The tiny pipeline's weights under the names of the original Stable Diffusion code, for XL of Stability's."""
     weights = {}
     for key, tensor in pipeline.unet.state_dict().items():
         ours, theirs = next(pair for pair in UNET if key.startswith(pair[0] + "."))
@@ -78,13 +117,15 @@ def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
                 rest = rest.replace(a, b)
         weights["model.diffusion_model." + theirs + rest] = tensor
     for key, tensor in pipeline.vae.state_dict().items():
-        name = key
-        for pattern, replacement in VAE:
-            name = re.sub(pattern, replacement, name)
+        name = renamed(key, VAE)
         pointwise = "attentions" in key and "group_norm" not in key and tensor.ndim == 2
         weights["first_stage_model." + name] = tensor[:, :, None, None] if pointwise else tensor
+    second = getattr(pipeline, "text_encoder_2", None)
+    first = "cond_stage_model" if second is None else "conditioner.embedders.0"
     for key, tensor in pipeline.text_encoder.state_dict().items():
-        weights["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = tensor
+        weights[f"{first}.transformer.text_model." + key.removeprefix("text_model.")] = tensor
+    for key, tensor in ({} if second is None else open_clip(second)).items():
+        weights["conditioner.embedders.1.model." + key] = tensor
     return {name: tensor.clone().contiguous() for name, tensor in weights.items()}
 
 
@@ -122,6 +163,25 @@ def test_a_single_file_is_the_folder_it_was_made_from(
     assert ours.noise.prediction_type == "v_prediction"
     assert detect_family(single_file) == "sd"
     assert type(ours.pipeline(ours.denoiser)) is StableDiffusionPipeline
+
+
+def test_a_single_file_of_xl_is_the_folder_it_was_made_from(tmp_path: Path, offline: Path) -> None:
+    """Its two text encoders are told apart by their width, as in real ones."""
+    pipeline, file = sdxl(second=40), tmp_path / "tiny-xl.safetensors"
+    pipeline.save_pretrained(tmp_path / "whole")
+    save_file(original_layout(pipeline), file)
+    settings_only(tmp_path / "whole", file.with_suffix(""))
+    ours, theirs = (StableDiffusionXL.load(each, dtype=torch.float32) for each in (file, tmp_path / "whole"))
+    for part in ("images", "prompts", "denoiser"):
+        assert ours.fingerprint(part) == theirs.fingerprint(part), part
+    assert detect_family(file) == "sdxl"
+
+
+def test_a_transformer_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "flux1-dev.safetensors"
+    save_file({"double_blocks.0.img_attn.proj.weight": torch.zeros(1)}, file)
+    with pytest.raises(CheckpointError, match="holds no whole model in the original layout"):
+        locate(file)
 
 
 def test_a_single_file_without_settings_says_what_to_add(single_file: Path, offline: Path) -> None:
