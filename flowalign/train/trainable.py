@@ -193,10 +193,13 @@ def check_not_a_no_op(state: dict[str, Tensor]) -> None:
 
 
 def kohya(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """A LoRA for a U-Net from diffusers' names into those of kohya's scripts, which A1111 and ComfyUI load.
+    """A LoRA for a U-Net from diffusers' names into those of kohya's scripts, which A1111 and ComfyUI read.
+
+    Blocks keep the names they have in diffusers, as kohya's of SD 1.x do. His of SDXL have the original code's, and what reads
+    files of SDXL knows both.
 
     state: `...lora_A.weight` `[r, in, ...]` and `...lora_B.weight` `[out, r, ...]`. scaling: alpha / r; kohya's files hold
-    alpha beside each pair. Raises CheckpointError for a LoRA of something else than a U-Net: programs load that as it is.
+    alpha beside each pair. Raises CheckpointError for a LoRA of something else than a U-Net.
     """
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -204,8 +207,8 @@ def kohya(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
         layer, _, side = rest.removesuffix(".weight").rpartition(".")
         if part != "unet" or side not in ("lora_A", "lora_B"):
             raise CheckpointError(
-                f"the LoRA holds {name}, which has no name in kohya's format; only LoRAs of U-Nets have one, and programs that "
-                "use others load the file of diffusers as it is."
+                f"the LoRA holds {name}, which has no name in kohya's format; only LoRAs of U-Nets have one; give others "
+                f"as they are, weights/{LORA}."
             )
         place = f"lora_unet_{layer.replace('.', '_')}"
         out[f"{place}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = tensor

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
+from safetensors.torch import load_file
 
 from flowalign import plugins, runs
 from flowalign.chosen import choose_trainable
@@ -42,6 +43,21 @@ LONG = pytest.mark.parametrize(
     "checkpoint", [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in BUILDERS], indirect=True
 )
 """Tests that take seconds: other checkpoints of a family than its first are for the slow ones."""
+
+
+KOHYA = {
+    f"lora_unet_{block}_transformer_blocks_0_{attention}_{layer}.{part}"
+    for block in (
+        "down_blocks_0_attentions_0",
+        "mid_block_attentions_0",
+        "up_blocks_1_attentions_0",
+        "up_blocks_1_attentions_1",
+    )
+    for attention in ("attn1", "attn2")
+    for layer in ("to_q", "to_k", "to_v", "to_out_0")
+    for part in ("lora_down.weight", "lora_up.weight", "alpha")
+}
+"""What a LoRA of the tiny U-Nets holds in kohya's format."""
 
 
 @pytest.fixture
@@ -427,7 +443,11 @@ def test_the_exported_adapter_loads_in_plain_diffusers(
     if family.component == "unet":
         plain.unload_lora_weights()
         assert np.abs(before - picture(plain)).max() <= 1
-        plain.load_lora_weights(runs.export_kohya(Path(config.output))["file"])
+        kohya = runs.export_kohya(Path(config.output))["file"]
+        held = load_file(kohya)
+        assert set(held) == KOHYA
+        assert {float(value) for name, value in held.items() if name.endswith(".alpha")} == {6.0}
+        plain.load_lora_weights(kohya)
         assert np.abs(after - picture(plain)).max() <= 1
     else:
         with pytest.raises(CheckpointError, match="only LoRAs of U-Nets"):

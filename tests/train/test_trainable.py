@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from flowalign.errors import CheckpointError, ConfigError
-from flowalign.train.trainable import LORA, distance, export, make_trainable, trained
+from flowalign.train.trainable import LORA, distance, export, kohya, make_trainable, trained
 
 
 @pytest.fixture
@@ -113,3 +113,31 @@ def test_an_adapter_that_changes_nothing_is_not_written(
     with safe_open(tmp_path / "weights" / LORA, "pt") as file:
         assert all(key.startswith("unet.") for key in file.keys())  # noqa: SIM118
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_kohyas_names_are_those_that_other_programs_look_for() -> None:
+    """Layers of SD 1.5, and of SDXL, whose mid block has ten transformer blocks, as they stand in files of others."""
+    names = {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+        ),
+        "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0": (
+            "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_out_0"
+        ),
+        "mid_block.attentions.0.transformer_blocks.9.attn2.to_k": (
+            "lora_unet_mid_block_attentions_0_transformer_blocks_9_attn2_to_k"
+        ),
+        "down_blocks.0.resnets.1.time_emb_proj": "lora_unet_down_blocks_0_resnets_1_time_emb_proj",
+    }
+    down, up = torch.ones(4, 8), torch.full((6, 4), 2.0)
+    state = {f"unet.{name}.lora_{side}.weight": value for name in names for side, value in (("A", down), ("B", up))}
+    found = kohya(state, 0.5)
+    assert set(found) == {
+        f"{name}.{part}" for name in names.values() for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    for name in names.values():
+        assert torch.equal(found[f"{name}.lora_down.weight"], down)
+        assert torch.equal(found[f"{name}.lora_up.weight"], up)
+        assert found[f"{name}.alpha"] == 2.0  # rank 4 at half its strength
+    with pytest.raises(CheckpointError, match="which has no name in kohya's format"):
+        kohya({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": down}, 1.0)
