@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.exc import Unsupported
 
 from flowalign import plugins, runs
 from flowalign.chosen import choose_trainable
@@ -467,6 +468,26 @@ def test_a_step_reads_nothing_back(settings: Callable[..., Config], no_read_back
         loss, _ = ready.step(batch, rng)
         loss.mean().backward()
         ready.optimizer.step()
+
+
+@LONG
+def test_a_compiled_denoiser_is_one_graph_for_all_prompts(family: Family) -> None:
+    """What precedes code generation is the same for every backend; this one runs the graph as it is."""
+    torch.compiler.reset()
+    denoiser: Any = torch.compile(family.denoiser, backend="eager", fullgraph=True)
+    x_t, t = latents(family, 2), torch.tensor([0.3, 0.7])
+    if family.name == "z_image":  # docs/performance.md says so
+        with pytest.raises(Unsupported, match="context manager"):
+            family.predict(denoiser, x_t, t, told(family, ["a cat", "b"]))
+        denoiser = torch.compile(family.denoiser, backend="eager")
+    first = told(family, ["a cat", "b"])
+    torch.testing.assert_close(
+        family.predict(denoiser, x_t, t, first), family.predict(family.denoiser, x_t, t, first), rtol=0, atol=1e-5
+    )
+    if family.name != "z_image":
+        with torch.compiler.set_stance("fail_on_recompile"):
+            family.predict(denoiser, x_t, t + 0.1, told(family, ["zebra in a fog", "a thing"]))
+    torch.compiler.reset()
 
 
 @pytest.mark.slow
