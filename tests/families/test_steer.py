@@ -81,9 +81,9 @@ def texts(pipeline: Any, family: Family, **call: Any) -> list[list[torch.Tensor]
 
     call = {name: list(value) if isinstance(value, list) else value for name, value in call.items()}  # some write into them
     hook = getattr(pipeline, family.component).register_forward_pre_hook(record, with_kwargs=True)
-    pipeline(list(PROMPTS), num_inference_steps=1, generator=torch.Generator().manual_seed(0), **call, **SMALL)
+    pipeline(list(PROMPTS), num_inference_steps=2, generator=torch.Generator().manual_seed(0), **call, **SMALL)
     hook.remove()
-    return calls
+    return calls[: len(calls) // 2]
 
 
 def test_a_steered_pipeline_shifts_prompts_and_no_negative_prompts(checkpoint: Path, family: Family, tmp_path: Path) -> None:
