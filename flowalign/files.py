@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SUFFIX = ".tmp"
+STALE = 24 * 3600.0
+"""Seconds without a write after which a temporary file is a killed process's; a running one may compute for long before."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, moved onto it when the block ends well and removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -29,7 +35,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """The same for a whole folder; an existing one at `path` is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent))
     try:
         yield temporary
         for inner in (temporary, *temporary.rglob("*")):  # safetensors writes files that only their owner can read
@@ -44,6 +50,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def leftovers(folder: Path, pattern: str = "*") -> dict[Path, int]:
+    """Bytes of the temporary files of `atomic`, for paths of this pattern in this folder, that a killed process left."""
+    found = {}
+    for path in folder.glob(f".{pattern}.*{SUFFIX}"):
+        try:
+            about = path.lstat()
+        except FileNotFoundError:  # a running process is done with it
+            continue
+        if stat.S_ISREG(about.st_mode) and about.st_mtime < time.time() - STALE:
+            found[path] = about.st_size
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

@@ -210,8 +210,9 @@ def test_evaluate_passes_both_models(runs: Runs) -> None:
         ("report runs/a", ("report", (Path("runs/a"),), {})),
         ("cache", ("cache_list", (None,), {})),
         ("cache list --folder f", ("cache_list", (Path("f"),), {})),
-        ("cache clear", ("cache_clear", (None, None), {})),
-        ("cache clear --fingerprint ab --folder f", ("cache_clear", (Path("f"), "ab"), {})),
+        ("cache clear", ("cache_clear", (None, None, None), {})),
+        ("cache clear --fingerprint ab --folder f", ("cache_clear", (Path("f"), "ab", None), {})),
+        ("cache clear --kind bank", ("cache_clear", (None, None, "bank"), {})),
         ("demo", ("demo", (Path("runs/demo"),), {})),
         ("demo --out d", ("demo", (Path("d"),), {})),
         ("demo flow", ("demo_flow", (Path("runs/demo-flow"),), {})),
@@ -236,9 +237,18 @@ def test_objectives_are_listed_without_torch(capsys: pytest.CaptureFixture[str],
     assert cli.main(["objectives", "--markdown", str(tmp_path / "none.md")]) == 2
 
 
-def test_a_fingerprint_is_not_dropped_silently(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["cache", "--fingerprint", "ab"]) == 2
-    assert "cache clear --fingerprint" in capsys.readouterr().err
+@pytest.mark.parametrize("restriction", [("--fingerprint", "ab"), ("--kind", "bank")])
+def test_what_restricts_clearing_is_not_dropped_silently(
+    runs: Runs, capsys: pytest.CaptureFixture[str], restriction: tuple[str, str]
+) -> None:
+    assert cli.main(["cache", *restriction]) == 2
+    assert f"cache clear {' '.join(restriction)}" in capsys.readouterr().err
+
+
+def test_every_kind_of_store_can_be_cleared_alone() -> None:
+    from flowalign.data.cache import ENTRIES
+
+    assert set(cli.files.KINDS) == set(ENTRIES)
 
 
 def test_people_read_the_summary(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,18 @@ from flowalign.cli.arguments import (
 )
 from flowalign.errors import ConfigError
 
+KINDS = ("images", "prompts", "bank")
+
 
 def add(command: Command) -> None:
     export = command("export", _export, "Write a run's LoRA as one file in kohya's format, for A1111 and ComfyUI.")
     export.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished LoRA run or loop")
     export.add_argument("--out", type=Path, metavar="FILE", help="by default weights/kohya.safetensors in the run")
 
-    cache = command("cache", _cache, "List or clear the encoded pictures and prompts.")
+    cache = command("cache", _cache, "List or clear encoded pictures and prompts, and reference banks.")
     cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
-    cache.add_argument("--fingerprint", metavar="F", help="clear only what the encoder with this fingerprint made")
+    cache.add_argument("--fingerprint", metavar="F", help="clear only what is of this encoder, denoiser, bank or folder")
+    cache.add_argument("--kind", choices=KINDS, help="clear only this kind of them")
     cache.add_argument("--folder", type=Path, metavar="DIR", help="by default $FLOWALIGN_CACHE or ~/.cache/flowalign")
 
 
@@ -33,7 +36,8 @@ def _cache(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
     if options.action == "clear":
-        return runs.cache_clear(options.folder, options.fingerprint)
-    if options.fingerprint is not None:
-        raise ConfigError(f"--fingerprint {options.fingerprint} only goes with clear: flowalign cache clear --fingerprint F.")
+        return runs.cache_clear(options.folder, options.fingerprint, options.kind)
+    for name in ("fingerprint", "kind"):
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(f"--{name} {value} only goes with clear: flowalign cache clear --{name} {value}.")
     return runs.cache_list(options.folder)

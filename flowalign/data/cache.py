@@ -6,14 +6,20 @@
 
 An entry's name is a hash of what it was made from, and entries appear by a rename, so several processes may fill one
 cache and a killed one leaves at worst a temporary file that nobody reads.
+
+Reference banks (`align/bank.py`) and indices of sources (`index.py`) lie beside them; `usage` and `clear` know them too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flowalign.errors import DataError, allowed
-from flowalign.files import atomic
+from flowalign.files import atomic, leftovers
 
 INDEX = "rows-{}.safetensors"
 """Name of the index of a source, see `index.py`."""
+BANK = "bank-{}"
+"""Name of the folder of a reference bank, by a hash of 20 digits of what it depends on."""
+ENTRIES = {"images": "??/*.safetensors", "prompts": "??/*.safetensors", "bank": "draw-*.safetensors"}
+"""Kinds of stores, and which files in one are its entries."""
+ABOUT = "about.json"
+"""What a store says of itself, written when it was last opened."""
 CUT = "centre-lanczos, with geometry"
 """Name of the rule in images.fit; another rule must have another name, because it makes other entries."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -58,8 +70,8 @@ class LatentCache:
         self._images = self.folder / f"images-{_short(image_fingerprint)}-{resolution}-{dtype}"
         self._prompts = self.folder / f"prompts-{_short(prompt_fingerprint)}"
         about = {"checkpoint": checkpoint, "resolution": resolution, "dtype": dtype}
-        _describe(self._images, {"kind": "images", "fingerprint": image_fingerprint} | about)
-        _describe(self._prompts, {"kind": "prompts", "fingerprint": prompt_fingerprint, "checkpoint": checkpoint})
+        describe(self._images, {"kind": "images", "fingerprint": image_fingerprint} | about)
+        describe(self._prompts, {"kind": "prompts", "fingerprint": prompt_fingerprint, "checkpoint": checkpoint})
 
     def image_path(self, digest: bytes, flip: bool) -> Path:
         """Where the latents of the picture with this sha256, mirrored or not, are or will be."""
@@ -118,50 +130,130 @@ def distinct(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[order[new]], place.reshape(pictures.shape[:-1])
 
 
+def describe(store: Path, about: Mapping[str, Any]) -> None:
+    """Say for people what a store is, unless it is said already, and that it was used now. Raises OSError."""
+    path = store / ABOUT
+    if path.exists():
+        with suppress(OSError):  # a store that may only be read can be used all the same
+            os.utime(path)
+    else:
+        _replace(path, (json.dumps(about, indent=2) + "\n").encode())
+
+
 def usage(folder: str | Path) -> dict[str, Any]:
-    """`{"entries", "bytes", "stores": [{"store", "entries", "bytes", "kind", "fingerprint", "checkpoint", ...}]}`."""
-    stores = []
-    for about, store in _stores(folder):
-        sizes = [path.stat().st_size for path in store.glob("??/*.safetensors")]
-        stores.append({"store": store.name, "entries": len(sizes), "bytes": sum(sizes)} | about)
-    return {"entries": sum(s["entries"] for s in stores), "bytes": sum(s["bytes"] for s in stores), "stores": stores}
+    """`{"entries", "bytes", "stores", "indices": {"entries", "bytes"}, "leftovers": {"entries", "bytes"}}`.
 
-
-def clear(folder: str | Path, fingerprint: str | None = None) -> int:
-    """Delete the entries of one encoder (or of all) and leftovers of killed runs -> bytes freed.
-
-    Other files in the folder are not touched. Raises DataError if the fingerprint is not in the cache.
+    Of each store `{"store", "entries", "bytes", "used", "kind", "fingerprint", "checkpoint", ...}`; `used` is when it was last
+    opened or written. Leftovers are temporary files of killed processes; `bytes` counts all, `entries` those of stores.
     """
-    stores = list(_stores(folder))
-    known = {about["fingerprint"] for about, _ in stores}
-    if fingerprint is not None and fingerprint not in known:
-        raise DataError(f"the cache {str(folder)!r} holds nothing of {fingerprint!r}; {allowed(fingerprint, known)}")
-    freed = 0
-    for about, store in stores:
-        if fingerprint not in (None, about["fingerprint"]):
-            continue
-        for path in [*store.glob("??/*.safetensors"), *store.glob("??/*.tmp"), *store.glob("*.tmp"), store / "about.json"]:
-            freed += path.stat().st_size
-            path.unlink()
-        for inner in [*store.iterdir(), store]:
-            if inner.is_dir() and not any(inner.iterdir()):
-                inner.rmdir()
-    for path in Path(folder).glob(INDEX.format("*")):
-        freed += path.stat().st_size
+    stores = [store.usage() for store in _stores(folder)]
+    others = {"indices": _indices(folder), "leftovers": _leftovers(folder)}
+    rest = {name: {"entries": len(sizes), "bytes": sum(sizes.values())} for name, sizes in others.items()}
+    size = sum(each["bytes"] for each in (*stores, *rest.values()))
+    return {"entries": sum(store["entries"] for store in stores), "bytes": size, "stores": stores, **rest}
+
+
+def clear(folder: str | Path, fingerprint: str | None = None, kind: str | None = None) -> int:
+    """Delete the entries of one store, kind or encoder, or of all, and leftovers of killed processes -> bytes freed.
+
+    fingerprint: an encoder's, a bank's or its denoiser's, or the name of a store's folder. kind: one of ENTRIES. Indices go
+    with pictures or prompts, of which they speak. Other files in the folder are not touched, nor temporary files that a
+    running process may be writing. Raises DataError if the cache holds nothing of this fingerprint and kind.
+    """
+    if kind is not None and kind not in ENTRIES:
+        raise DataError(f"the cache has no kind {kind!r}; {allowed(kind, ENTRIES)}")
+    stores = [store for store in _stores(folder) if kind in (None, store.kind)]
+    if fingerprint is not None:
+        known = {name for store in stores for name in store.names}
+        if fingerprint not in known:
+            hint = allowed(fingerprint, known) if known else "flowalign cache lists what it holds"
+            raise DataError(f"the cache {str(folder)!r} holds {f'no {kind}' if kind else 'nothing'} of {fingerprint!r}; {hint}")
+        stores = [store for store in stores if fingerprint in store.names]
+    freed = sum(map(_delete, _leftovers(folder)))
+    if kind != "bank" and (fingerprint is None or any(store.kind != "bank" for store in stores)):
+        freed += sum(map(_delete, _indices(folder)))
+    return freed + sum(store.clear() for store in stores)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """A folder of entries of one kind."""
+
+    path: Path
+    about: Mapping[str, Any]
+    """With `kind` and `fingerprint`, and whatever else `describe` was told."""
+
+    @property
+    def kind(self) -> str:
+        return str(self.about["kind"])
+
+    @property
+    def names(self) -> set[str]:
+        """What a user may call it."""
+        return {self.path.name, *(self.about[name] for name in ("fingerprint", "denoiser") if name in self.about)}
+
+    def usage(self) -> dict[str, Any]:
+        found = [path.stat() for path in self.path.glob(ENTRIES[self.kind])]
+        dates = [path.stat().st_mtime for path in (self.path / ABOUT, self.path) if path.exists()][:1]
+        used = datetime.fromtimestamp(max([each.st_mtime for each in found] + dates), UTC).isoformat(timespec="seconds")
+        size = sum(each.st_size for each in found)
+        return {"store": self.path.name, "entries": len(found), "bytes": size, "used": used} | dict(self.about)
+
+    def clear(self) -> int:
+        freed = sum(map(_delete, list(self.path.glob(ENTRIES[self.kind]))))
+        for inner in list(self.path.iterdir()):
+            _remove_empty(inner)
+        if [path.name for path in self.path.iterdir()] == [ABOUT]:  # else it says what the rest belongs to
+            freed += _delete(self.path / ABOUT)
+        _remove_empty(self.path)
+        return freed
+
+
+def _stores(folder: str | Path) -> Iterator[_Store]:
+    for path in sorted(Path(folder).glob("*/")):
+        about = _about(path)
+        if re.fullmatch(BANK.format("[0-9a-f]{20}"), path.name):  # those of earlier versions do not describe themselves
+            own = {"kind": "bank", "fingerprint": path.name.removeprefix(BANK.format(""))}
+            yield _Store(path, {**own, "checkpoint": "", **about, **own})
+        elif about.get("kind") in ("images", "prompts") and "fingerprint" in about:
+            yield _Store(path, about)
+
+
+def _about(store: Path) -> dict[str, Any]:
+    """What a store says of itself, nothing where it does not."""
+    try:
+        about = json.loads((store / ABOUT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _indices(folder: str | Path) -> dict[Path, int]:
+    return {path: path.stat().st_size for path in Path(folder).glob(INDEX.format("*"))}
+
+
+def _leftovers(folder: str | Path) -> dict[Path, int]:
+    """Of killed processes, in all stores and of indices; other files there are not ours."""
+    found = leftovers(Path(folder), INDEX.format("*"))
+    for store in _stores(folder):
+        for inner in (store.path, *store.path.glob("??/")):
+            found |= leftovers(inner)
+    return found
+
+
+def _delete(path: Path) -> int:
+    """Its bytes; 0 where another process was quicker."""
+    try:
+        size = path.stat().st_size
         path.unlink()
-    return freed
+    except FileNotFoundError:
+        return 0
+    return size
 
 
-def _stores(folder: str | Path) -> Iterable[tuple[dict[str, Any], Path]]:
-    for path in sorted(Path(folder).glob("*/about.json")):
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(about, dict) and {"kind", "fingerprint"} <= about.keys():
-            yield about, path.parent
-
-
-def _describe(store: Path, about: Mapping[str, Any]) -> None:
-    if not (store / "about.json").exists():
-        _replace(store / "about.json", (json.dumps(about, indent=2) + "\n").encode())
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # a file, or not empty
+        folder.rmdir()
 
 
 def _entry(store: Path, *parts: str) -> Path:

@@ -83,19 +83,31 @@ def export_kohya(run: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def cache_list(folder: Path | None) -> dict[str, Any]:
-    """What the cache of latents and conditioning holds, per encoder."""
+    """What the cache holds, per encoder and per reference bank, and what killed processes left in it."""
     path = cache_folder(folder)
     found = usage(path)
-    lines = [
-        f"{store['store']}: {store['entries']} entries, {store['bytes'] / 2**20:.1f} MiB, {store['checkpoint']}"
-        for store in found["stores"]
-    ]
-    lines.append(f"{path}: {found['entries']} entries, {found['bytes'] / 2**20:.1f} MiB")
+    lines = [f"{store['store']}: {', '.join(_told(store))}" for store in found["stores"]]
+    lines += [f"{name}: {_filled(found[name])}" for name in ("indices", "leftovers") if found[name]["entries"]]
+    lines.append(f"{path}: {_filled(found)}")
     return {"folder": str(path), **found, "summary": "\n".join(lines)}
 
 
-def cache_clear(folder: Path | None, fingerprint: str | None) -> dict[str, Any]:
-    """Delete cached latents and conditioning, of one encoder or of all."""
+def cache_clear(folder: Path | None, fingerprint: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    """Delete what is cached, or only one kind of it, or what is of one encoder, denoiser or bank."""
     path = cache_folder(folder)
-    freed = clear(path, fingerprint)
+    freed = clear(path, fingerprint, kind)
     return {"folder": str(path), "freed": freed, "summary": f"{freed / 2**20:.1f} MiB freed in {path}"}
+
+
+def _filled(found: Mapping[str, Any]) -> str:
+    return f"{found['entries']} entries, {found['bytes'] / 2**20:.1f} MiB"
+
+
+def _told(store: Mapping[str, Any]) -> Iterable[str]:
+    """About a store, for people; of banks that earlier versions filled less is known."""
+    yield _filled(store)
+    yield f"used {store['used'][:10]}"
+    if store["checkpoint"]:
+        yield store["checkpoint"]
+    if "draws" in store:
+        yield f"{store['pairs']} pairs at {store['draws']} draws, {store['precision']}"

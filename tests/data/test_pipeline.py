@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -229,8 +230,13 @@ def test_a_process_killed_while_writing_harms_nobody(tmp_path: Path, root: Path,
     dataset = PairDataset(cache, filled(cache, votes))
     assert usage(cache.folder)["entries"] == 6 + 4
     assert len(list(sequential(dataset, 7))) == 1
+    assert usage(cache.folder)["leftovers"] == {"entries": 0, "bytes": 0}  # a running process may be writing it
     clear(cache.folder)
-    assert not leftover.exists()
+    assert {path for path in cache.folder.rglob("*") if path.is_file()} == {leftover.parents[1] / "about.json", leftover}
+    os.utime(leftover, (1e9, 1e9))
+    assert usage(cache.folder)["leftovers"] == {"entries": 1, "bytes": leftover.stat().st_size}
+    clear(cache.folder)
+    assert not list(cache.folder.iterdir())
 
 
 class Together:
@@ -387,7 +393,8 @@ def test_usage_and_clear(tmp_path: Path, votes: Path) -> None:
     assert usage(folder)["entries"] == 4 + 10
     clear(folder)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
-    assert usage(tmp_path / "absent") == {"entries": 0, "bytes": 0, "stores": []}
+    nothing = {"entries": 0, "bytes": 0}
+    assert usage(tmp_path / "absent") == {**nothing, "stores": [], "indices": nothing, "leftovers": nothing}
 
 
 STREAM = {"batch_size": 6, "caption_dropout": 0.3}
