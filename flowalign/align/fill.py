@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flowalign.align.bank import Batches, ReferenceBank, Stored, fill_bank
 from flowalign.align.merged import Merged
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
+from flowalign.data.cache import BANK, describe
 from flowalign.data.fill import Ranks
 from flowalign.data.pairs import PairDataset, PairStream, fixed_draws
 from flowalign.errors import ConfigError
@@ -101,8 +103,13 @@ def fill_banks(
             return {"errors": errors, "predictions": predictions} | ({} if batch.noise is None else {"noise": batch.noise})
 
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode() + b"\0".join(contents), digest_size=10).hexdigest()
+        store = folder / BANK.format(name)
+        about = {"checkpoint": config.model.checkpoint, "denoiser": shared["fingerprints"][0], "precision": cfg.precision}
+        if ranks.index == 0:
+            with suppress(OSError):  # for people only: a full disk is told below, and a bank that may only be read is read
+                describe(store, {"kind": "bank", "fingerprint": name} | about | {"pairs": len(data), "draws": draws})
         return fill_bank(
-            folder / f"bank-{name}",
+            store,
             batches,
             answer,
             count=len(data),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from flowalign.align import bank, fill
 from flowalign.align.bank import Stored
 from flowalign.align.step import PreferenceStep
 from flowalign.data.batch import Batch
+from flowalign.data.cache import clear, usage
 from flowalign.errors import ConfigError, DataError, NonFiniteError
 from flowalign.rng import Keyed
 from flowalign.settings import Config
@@ -336,6 +338,42 @@ def test_predictions_are_stored_where_they_are_needed_and_errors_serve_both(
 def test_a_bank_for_an_objective_without_a_reference_is_refused(prepared: Make, cache: str) -> None:
     with pytest.raises(ConfigError, match=r"'alone' needs no reference; set reference\.bank=null"):
         prepared(BANK, cache, "objective={name: alone}")
+
+
+def test_a_bank_says_what_it_is_of_and_when_it_was_used(
+    prepared: Make, cache: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    def banks() -> list[dict[str, Any]]:
+        found = (store for store in usage(tmp_path / "cache")["stores"] if store["kind"] == "bank")
+        return sorted(found, key=lambda store: -store["draws"])
+
+    ready = prepared(cache, "reference.bank=3", "train.precision=bf16")
+    found = banks()
+    assert [(store["pairs"], store["draws"], store["precision"]) for store in found] == [(12, 3, "bf16"), (12, 1, "bf16")]
+    assert {store["denoiser"] for store in found} == {ready.family.fingerprint("denoiser")}
+    assert {store["checkpoint"] for store in usage(tmp_path / "cache")["stores"]} == {str(folders["epsilon"])}
+    assert [store["store"] for store in found] == [f"bank-{store['fingerprint']}" for store in found]
+    for path in (tmp_path / "cache").glob("bank-*/*"):
+        os.utime(path, (1e9, 1e9))
+    assert {store["used"] for store in banks()} == {"2001-09-09T01:46:40+00:00"}
+    (tmp_path / "cache" / found[1]["store"] / "about.json").unlink()  # as banks of earlier versions are
+    prepared(cache, "reference.bank=3", "train.precision=bf16")
+    assert all(store["used"] >= first["used"] for store, first in zip(banks(), found, strict=True))
+    clear(tmp_path / "cache", ready.family.fingerprint("denoiser"))
+    assert banks() == []
+
+
+def test_a_bank_that_may_only_be_read_is_read(
+    prepared: Make, cache: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refused(store: Path, about: Any) -> None:
+        raise PermissionError(store)
+
+    prepared(cache, BANK)
+    calls = count_reference(monkeypatch)
+    monkeypatch.setattr(fill, "describe", refused)
+    assert prepared(cache, BANK).step.bank is not None
+    assert not calls
 
 
 def test_a_bank_that_the_disk_cannot_hold_is_refused_before_it_is_filled(
