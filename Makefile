@@ -41,5 +41,5 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: flowalign needs Python 3.11 or newer and $(PYTHON) is %d.%d; run make PYTHON=python3.11" % sys.version_info[:2])'
 	@echo "Setting up $(VENV) (one to three minutes) ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda,demo,dev,safety,scale,serve]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,safety,scale,serve]'
 	@touch $@
