@@ -36,10 +36,10 @@ class Generator(Section):
     """name under which seeds are sent; null sends none, as most such APIs take none"""
     hosts: tuple[str, ...] = ()
     """from which pictures are fetched besides that of `url`, where an answer holds their address"""
-    timeout: Rate = 120.0
+    timeout: Rate = 720.0
     """seconds without a byte after which a request has failed"""
     retries: Natural = 3
-    """tries after the first"""
+    """tries after the first, where no picture was drawn for sure"""
     parallel: Positive = 4
     """requests under way at a time"""
 

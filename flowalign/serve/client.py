@@ -24,13 +24,21 @@ LARGEST = 64 * 2**20
 """Bytes of an answer that are read at most."""
 PATIENCE = 60.0
 """Seconds that are waited at most before one more try."""
+CONNECT = 30.0
+"""Seconds that a connection may take."""
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Answers after which the same request may succeed later."""
+UNDRAWN = (425, 429)
+"""Those of them that say that the request was not looked at; 503 does where it says when to come again."""
 
 
 @dataclass(frozen=True)
 class ImagesAPI:
     """`POST {url}/images/generations`, one picture a request; answers in base64 or by address.
+
+    A picture may have its price, so it is asked for again only where none was drawn for sure: after 425 and 429, after 503 with
+    a Retry-After, and where no connection came about; never against `x-should-retry: false`. Fetching one from its address is
+    repeated after whatever may pass.
 
     Raises ConfigError for what is no address, RunError where no picture comes.
     """
@@ -48,10 +56,10 @@ class ImagesAPI:
     """Name under which the seed is sent; None sends none, because most such APIs take none."""
     hosts: tuple[str, ...] = ()
     """From which pictures are fetched besides that of `url`, where an answer holds their address."""
-    timeout: float = 120.0
-    """Seconds without a byte after which a request has failed."""
+    timeout: float = 720.0
+    """Seconds without a byte after which a request has failed; more than `flowalign serve` takes for one by its own limits."""
     retries: int = 3
-    """Tries after the first, for answers that ask to come again and connections that break."""
+    """Tries after the first, where they cost nothing twice."""
     parallel: int = 4
     """Requests under way at a time."""
 
@@ -78,7 +86,10 @@ class ImagesAPI:
         if len(prompts) != len(seeds):
             raise DataError(f"there are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
         pool = ThreadPoolExecutor(max(1, self.parallel), thread_name_prefix="images-api")
-        with httpx.Client(timeout=self.timeout, follow_redirects=False) as client, pool:
+        timeout = httpx.Timeout(self.timeout, connect=min(CONNECT, self.timeout))
+        # Connections are left before servers close them (after 5 s, many do): a request into a closed one is lost.
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
+        with httpx.Client(timeout=timeout, limits=limits, follow_redirects=False) as client, pool:
             asked = enumerate(zip(prompts, seeds, strict=True))
             for _ in pool.map(lambda each: keep(each[0], self._draw(client, *each[1])), asked):
                 pass
@@ -137,17 +148,27 @@ class ImagesAPI:
                 if answer.is_success:
                     return data
                 said = f"{answer.status_code}: {_message(data)}"
+                failed = answer.status_code in AGAIN or answer.status_code >= 500
+                if method == "POST" and failed and not _undrawn(answer):
+                    raise self._perhaps_drawn(said)
                 if answer.status_code not in AGAIN or left == 0:
                     raise RunError(f"{self.host} refused ({said}); check the key, the model and the request.")
                 wait = _after(answer.headers.get("retry-after"), wait)
             except httpx.HTTPError as error:
+                said = f"{type(error).__name__}: {reason(error)}"
+                if method == "POST" and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                    raise self._perhaps_drawn(said) from error
                 if left == 0:
-                    raise RunError(
-                        f"{self.host} did not answer in {self.retries + 1} tries ({type(error).__name__}: {reason(error)}); "
-                        "check that it is up."
-                    ) from error
+                    tries = self.retries + 1
+                    raise RunError(f"{self.host} did not answer in {tries} tries ({said}); check that it is up.") from error
             time.sleep(wait)
         raise RunError(f"{self.host} was not asked: retries is {self.retries}; it must be 0 or more.")
+
+    def _perhaps_drawn(self, said: str) -> RunError:
+        return RunError(
+            f"{self.host} failed ({said}) and may have drawn the picture all the same, at a price, so it was not asked again; "
+            "run again once it is well, with a longer timeout where it was only slow."
+        )
 
     @property
     def host(self) -> str:
@@ -163,6 +184,12 @@ def _read(answer: httpx.Response) -> bytes:
         if len(data) > LARGEST:
             raise RunError(f"{answer.url.host} answered with more than {LARGEST >> 20} MiB; ask for a smaller size.")
     return bytes(data)
+
+
+def _undrawn(answer: httpx.Response) -> bool:
+    """Whether a refusal says that no picture was drawn, so that asking again costs nothing twice."""
+    later = answer.status_code in UNDRAWN or (answer.status_code == 503 and "retry-after" in answer.headers)
+    return later and answer.headers.get("x-should-retry", "").lower() != "false"
 
 
 def _message(data: bytes) -> str:
