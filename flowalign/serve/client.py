@@ -40,7 +40,7 @@ class ImagesAPI:
     a Retry-After, and where no connection came about; never against `x-should-retry: false`. Fetching one from its address is
     repeated after whatever may pass.
 
-    Raises ConfigError for what is no address, RunError where no picture comes.
+    Raises ConfigError for what is no address or no key, RunError where no picture comes.
     """
 
     url: str
@@ -67,6 +67,9 @@ class ImagesAPI:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{self.url!r} is not the address of an API; write one such as https://api.openai.com/v1.")
+        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key == self.key.strip()):
+            # httpx would refuse it too, and say it.
+            raise ConfigError("the key of the API cannot be sent: it has spaces around it or is not plain text; set it anew.")
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One picture for each prompt and seed, in order."""

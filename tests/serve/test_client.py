@@ -183,6 +183,10 @@ def test_nobody_there_and_wrong_addresses() -> None:
     for wrong in ("api.openai.com", "ftp://x/v1", ""):
         with pytest.raises(ConfigError, match="is not the address of an API"):
             ImagesAPI(wrong, "m")
+    for key in ("sk-secret\n", " sk-secret", "sk-secrét"):
+        with pytest.raises(ConfigError, match="key of the API cannot be sent") as caught:
+            ImagesAPI("http://127.0.0.1:9/v1", "m", key=key)
+        assert "sk-" not in str(caught.value)
     with pytest.raises(DataError, match="2 prompts and 1 seeds"):
         ImagesAPI("http://127.0.0.1:9/v1", "m")(["p", "q"], [0])
 
