@@ -14,7 +14,6 @@ from flowalign.errors import ConfigError, DataError
 from flowalign.files import atomic, write_text
 from flowalign.flow.folders import TABLE, Listed, list_pictures
 from flowalign.flow.improve import Chain, Flow
-from flowalign.flow.settings import Solve
 from flowalign.rng import key
 
 
@@ -23,23 +22,22 @@ def apply_folder(
     source: str | Path,
     out: Path,
     *,
-    solve: Solve | None = None,
     prompt: str | None = None,
     diagnose: bool = False,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Write every picture of `source` after the flow, as PNG of the same name, with a `metadata.jsonl` beside.
 
-    A row keeps what the source's table says and adds `flow`: its identity and settings, `strength`, `distance`, `limit` and
-    `evaluations`, and `error` where `diagnose` asks for it. prompt: of pictures whose table names none. A picture that is there
-    already, made from the same bytes in the same way, is left alone, so that a killed call goes on where it was. Returns the
-    rows, in the source's order. Raises DataError and RunError.
+    A row keeps what the source's table says and adds `flow`: its identity, `solve` of it or of each of a chain, `strength`,
+    `distance`, `limit` and `evaluations`, and `error` where `diagnose` asks for it. prompt: of pictures whose table names none.
+    A picture that is there already, made from the same bytes in the same way, is left alone, so that a killed call goes on
+    where it was. Returns the rows, in the source's order. Raises DataError and RunError.
     """
     if out.resolve() == Path(source).resolve():
         raise ConfigError(f"{out} is the folder that pictures are read from; give another one to write to.")
-    settings = solve or flow.solve
     name = identity(flow)
-    how = settings.model_dump(mode="json", exclude={"batch_size"}) | {"of": name, "diagnose": diagnose}
+    ways = [solve.model_dump(mode="json", exclude={"batch_size"}) for solve in flow.solves]
+    how = {"of": name, "solve": ways, "diagnose": diagnose}
     pictures = list_pictures(source)
     names = _names(pictures)
     prompts = [_prompt(flow, picture, prompt) for picture in pictures]
@@ -61,12 +59,12 @@ def apply_folder(
             missing.append(place)
     done = {name: row for name, row in rows.items() if name not in {names[place] for place in missing}}
     _write(out, done, names)  # the table never describes a picture that it does not fit
-    size = settings.batch_size
+    size = max(solve.batch_size for solve in flow.solves)
     with tqdm(total=len(missing), desc="applying the flow", unit="picture", disable=not progress) as bar:
         for start in range(0, len(missing), size):
             places = missing[start : start + size]
             told = [str(prompts[place]) for place in places] if flow.reads_prompts else None
-            found = flow.apply([pictures[place].read() for place in places], told, solve=settings, diagnose=diagnose)
+            found = flow.apply([pictures[place].read() for place in places], told, diagnose=diagnose)
             for number, place in enumerate(places):
                 row = rows[names[place]]
                 row["flow"] |= {

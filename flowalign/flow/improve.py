@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign import config
 from flowalign.data.images import flat
 from flowalign.errors import CheckpointError, DataError, reason
 from flowalign.files import write_text
@@ -81,6 +82,16 @@ class Flow:
     def reads_prompts(self) -> bool:
         """Whether it is told what a picture shows."""
         return self.contexts.kind != "none"
+
+    @property
+    def solves(self) -> tuple[Solve, ...]:
+        """How it is applied, as a chain says it of each of its flows."""
+        return (self.solve,)
+
+    def with_solve(self, options: Mapping[str, Any]) -> Flow:
+        """The same with these values of `solve` in place of its own. Raises ConfigError for one out of range."""
+        tree = self.solve.model_dump(mode="json") | dict(options)
+        return replace(self, solve=config.parse_tree(Solve, tree, "the options"))
 
     def apply(
         self,
@@ -187,14 +198,18 @@ class Chain:
     """At least one."""
 
     @property
-    def solve(self) -> Solve:
-        """How the last is applied unless told otherwise."""
-        return self.flows[-1].solve
+    def solves(self) -> tuple[Solve, ...]:
+        """How each is applied unless told otherwise."""
+        return tuple(flow.solve for flow in self.flows)
 
     @property
     def reads_prompts(self) -> bool:
         """Whether any is told what a picture shows."""
         return any(flow.reads_prompts for flow in self.flows)
+
+    def with_solve(self, options: Mapping[str, Any]) -> Chain:
+        """The same with these values of `solve` in place of each flow's own. Raises ConfigError for one out of range."""
+        return Chain(tuple(flow.with_solve(options) for flow in self.flows))
 
     def apply(
         self,
@@ -204,7 +219,7 @@ class Chain:
         solve: Solve | None = None,
         diagnose: bool = False,
     ) -> Applied:
-        """Move pictures along all flows, as `Flow.apply` does along one; with `solve`, along each in that way.
+        """Move pictures along all flows, as `Flow.apply` does along one: along each in its own way, or in that of `solve`.
 
         A picture's strength is the least of any flow; its distance is the largest, in units of that flow's limit; evaluations
         are summed, and its error is the largest of any flow.

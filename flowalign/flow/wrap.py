@@ -70,24 +70,27 @@ class Wrapped:
 
     generator: Generator
     flow: Flow | Chain
-    solve: Solve
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """Raises RunError for a generator that gives another number of pictures than it was asked for."""
         drawn = self.generator(prompts, seeds)
         if len(drawn) != len(prompts):
             raise RunError(f"the generator gave {len(drawn)} pictures for {len(prompts)} prompts; it must give one each.")
-        return self.flow.apply(drawn, prompts, solve=self.solve).pictures
+        return self.flow.apply(drawn, prompts).pictures
 
     def with_strength(self, strength: float) -> Wrapped:
-        """The same, its pictures moved so far; 0 is the generator itself."""
-        return replace(self, solve=self.solve.model_copy(update={"strength": strength}))
+        """The same, its pictures moved so far, by each flow of a chain; 0 is the generator itself.
+
+        Raises ConfigError for what is not from 0 to 1.
+        """
+        return replace(self, flow=self.flow.with_solve({"strength": strength}))
 
 
 def wrap(generator: Generator, flow: Flow | Chain | str | Path, *, solve: Solve | None = None) -> Wrapped:
     """`generator` with a flow behind it, or a chain of them, given or by its run folder.
 
-    solve: how it is applied, instead of the flow's own. Raises CheckpointError for a folder that holds no flow.
+    solve: how it, or each of a chain, is applied, instead of in its own way. Raises CheckpointError for a folder that holds no
+    flow.
     """
     ready = flow if isinstance(flow, Flow | Chain) else load_flow(flow)
-    return Wrapped(generator, ready, solve or ready.solve)
+    return Wrapped(generator, ready if solve is None else ready.with_solve(solve.model_dump(mode="json")))

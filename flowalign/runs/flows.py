@@ -23,7 +23,7 @@ from flowalign.files import atomic, atomic_folder, write_text
 from flowalign.flow.apply import apply_folder
 from flowalign.flow.folders import TABLE, list_pictures
 from flowalign.flow.improve import Chain, Flow, load_flow
-from flowalign.flow.settings import FlowConfig, Solve
+from flowalign.flow.settings import FlowConfig
 from flowalign.report.flow_card import write_flow_card
 from flowalign.report.page import write_report
 from flowalign.runs.flow_fit import last_metrics, train_field
@@ -139,10 +139,9 @@ def table_line(name: str, picture: Image.Image, prompt: str, seed: int, row: Map
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def chosen_solve(flow: Flow | Chain, options: Mapping[str, Any]) -> Solve:
-    """The flow's way of being applied, with what is not None replaced. Raises ConfigError for a value out of range."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return configuration.parse_tree(Solve, flow.solve.model_dump(mode="json") | given, "the options")
+def _told_how(flow: Flow | Chain, options: Mapping[str, Any]) -> Flow | Chain:
+    """The flow, applied by these options where they are not None. Raises ConfigError for a value out of range."""
+    return flow.with_solve({name: value for name, value in options.items() if value is not None})
 
 
 def apply_flow(
@@ -175,9 +174,7 @@ def apply_flow(
         "batch_size": batch_size,
     }
     started = time.perf_counter()
-    rows = apply_folder(
-        flow, source, out, solve=chosen_solve(flow, options), prompt=prompt, diagnose=diagnose, progress=progress
-    )
+    rows = apply_folder(_told_how(flow, options), source, out, prompt=prompt, diagnose=diagnose, progress=progress)
     return _told(out, rows, time.perf_counter() - started)
 
 
@@ -227,9 +224,8 @@ def evaluate_flow(
     """
     place = choose_device(device)
     chosen = load_judges(judges or judges_of(run, FlowConfig), place)
-    flow = load_flow(run, device=place)
     options = {"strength": strength, "steps": steps, "iterations": iterations, "guidance": guidance, "solver": solver}
-    settings = chosen_solve(flow, options)
+    flow = _told_how(load_flow(run, device=place), options)
     folders = {side: out / "evaluation" / side for side in ("base", "aligned")}
     listed = list_pictures(source)
     prompts = [picture.prompt or prompt for picture in listed]
@@ -240,7 +236,7 @@ def evaluate_flow(
     rows = [picture.row for picture in listed]
     write_pictures(folders["base"], [each.read() for each in listed], [str(each) for each in prompts], seeds, rows, "given")
     started = time.perf_counter()
-    applied = apply_folder(flow, folders["base"], folders["aligned"], solve=settings, progress=progress)
+    applied = apply_folder(flow, folders["base"], folders["aligned"], progress=progress)
     seconds = time.perf_counter() - started
     result = evaluate_folders(folders["base"], folders["aligned"], chosen, progress=progress)
     own, drift = _identity([read_generation(folder) for folder in folders.values()], place)
@@ -252,7 +248,7 @@ def evaluate_flow(
         "moved_less": told["moved_less"],
         "evaluations": told["evaluations"],
         "seconds_per_picture": seconds / len(applied),
-        "solve": settings.model_dump(mode="json"),
+        "solve": [solve.model_dump(mode="json") for solve in flow.solves],
     }
     write_text(out / "evaluation" / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     page = str(write_report(out))

@@ -145,8 +145,8 @@ def _improve(run: str, strength: float | None, device: str) -> Improve:
     from flowalign.flow.improve import load_flow
 
     flow = load_flow(run, device=choose_device(device))
-    solve = flow.solve if strength is None else flow.solve.model_copy(update={"strength": strength})
-    return lambda images, prompts: flow.apply(images, prompts, solve=solve).pictures
+    moving = flow if strength is None else flow.with_solve({"strength": strength})
+    return lambda images, prompts: moving.apply(images, prompts).pictures
 
 
 def _rewards(specs: Sequence[str | Mapping[str, Any]], device: str, precision: str) -> list[Reward]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +14,20 @@ import torch
 from PIL import Image
 
 import flowalign
+from flowalign import runs
 from flowalign.errors import CheckpointError, ConfigError, DataError, RunError
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SamplerSettings, write_images
 from flowalign.flow.apply import apply_folder, identity
+from flowalign.flow.contexts import Nothing
 from flowalign.flow.domain import Domain
+from flowalign.flow.field import FieldSettings, make_field
 from flowalign.flow.folders import list_pictures
 from flowalign.flow.improve import CHAIN, Chain, Flow, load_flow, write_chain
 from flowalign.flow.settings import Solve
+from flowalign.flow.spaces import PixelSpace
 from flowalign.flow.wrap import Folder, Function, Pipeline
+from flowalign.runs import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STILL = Solve(strength=0.0)
@@ -117,7 +124,7 @@ def test_the_prompt_counts_and_must_be_given(flow: Flow) -> None:
     assert flow.apply([], []).pictures == []
 
 
-def test_strange_pictures_are_moved_less_and_it_is_said(flow_run: Path) -> None:
+def test_strange_pictures_are_moved_less_and_it_is_said(flow_run: Path, tmp_path: Path) -> None:
     flow = load_flow(flow_run)
     assert flow.domain is not None
     width = len(flow.domain.mean)
@@ -136,6 +143,13 @@ def test_strange_pictures_are_moved_less_and_it_is_said(flow_run: Path) -> None:
     full = replace(flow, domain=None).apply([white], ["a thing"])
     moved = [np.abs(np.asarray(each.pictures[-1]).astype(float) - 255).mean() for each in (found, full)]
     assert moved[0] < moved[1]
+    white.save(tmp_path / "white.png")
+    stamps = []
+    for _ in range(2):  # one that was moved less is there already, too
+        rows = apply_folder(flow, tmp_path, tmp_path / "out", prompt="a thing", progress=False)
+        stamps.append((tmp_path / "out" / "white.png").stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]
+    assert rows[0]["flow"]["note"] == found.words(1)
 
 
 def test_the_error_of_the_steps_is_told(flow: Flow) -> None:
@@ -190,6 +204,68 @@ def test_a_chain_goes_on_where_the_flow_before_led(flow_run: Path, tmp_path: Pat
         chain.apply(given)
 
 
+def shifting(shift: float, **solve: Any) -> Flow:
+    """Moves every byte of small pictures by shift · strength."""
+    field = make_field(FieldSettings((3, 8, 8), width=8, levels=1), 0)
+    with torch.no_grad():
+        field.net.conv_out.bias.fill_(shift / 127.5)  # the space reaches from -1 to 1
+    still, plain = field.eval().requires_grad_(False), Solve(steps=1, solver="euler", **solve)
+    return Flow(still, PixelSpace(), Nothing(), None, 8, "scale", plain, {}, torch.device("cpu"))
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """The folder of a chain: a flow that moves by 100 and then one that moves by a quarter of 40."""
+    for name, made in (("00", shifting(100)), ("01", shifting(40, strength=0.25, iterations=2, batch_size=2))):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        made.save(tmp_path / "two" / name)
+    write_chain(tmp_path / "two", [tmp_path / "two" / name for name in ("00", "01")])
+    Image.new("RGB", (8, 8), (50, 50, 50)).save(tmp_path / "grey.png")
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        shutil.copy(tmp_path / "grey.png", tmp_path / "in" / f"{name}.png")
+    return tmp_path / "two"
+
+
+def byte(found: Image.Image | Path) -> int:
+    return int(np.asarray(found if isinstance(found, Image.Image) else Image.open(found))[0, 0, 0])
+
+
+@pytest.mark.parametrize(("strength", "value"), [(None, 50 + 100 + 20), (0.5, 50 + 50 + 40)])
+def test_each_flow_of_a_chain_is_applied_in_its_own_way(two: Path, strength: float | None, value: int) -> None:
+    grey, out = Image.open(two.parent / "grey.png"), two.parent / "out"
+    told = {} if strength is None else {"strength": strength}
+    chain = load_flow(two).with_solve(told)
+    assert byte(chain.apply([grey]).pictures[0]) == value
+    rows = apply_folder(chain, two.parent / "in", out, progress=False)
+    assert [byte(out / name) for name in ("a.png", "b.png", "c.png")] == [value] * 3
+    ways = [(each["strength"], each["iterations"]) for each in rows[0]["flow"]["solve"]]
+    assert ways == [(strength or 1.0, 1), (strength or 0.25, 2)]
+    assert rows[0]["flow"]["strength"] == min(each for each, _ in ways)
+    runs.apply_flow(str(two), two.parent / "in", out=two.parent / "other", strength=strength, device="cpu", progress=False)
+    assert byte(two.parent / "other" / "a.png") == value
+    wrapped = flowalign.wrap(Function(lambda prompt, seed: grey), two)
+    better = wrapped if strength is None else wrapped.with_strength(strength)
+    assert byte(better(["a"], [0])[0]) == value
+    (served,) = serving._improve(str(two), strength, "cpu")([grey], ["a"])
+    assert byte(served) == value
+
+
+def test_what_is_told_to_a_chain_counts_for_all_of_it(two: Path) -> None:
+    chain, out = load_flow(two), two.parent / "out"
+    wrapped = flowalign.wrap(Function(lambda prompt, seed: Image.open(two.parent / "grey.png")), two, solve=Solve(strength=0.5))
+    assert byte(wrapped(["a"], [0])[0]) == 50 + 50 + 20
+    with pytest.raises(ConfigError, match=r"strength cannot be 2"):
+        wrapped.with_strength(2)
+    apply_folder(chain, two.parent / "in", out, progress=False)
+    stamp = (out / "a.png").stat().st_mtime_ns
+    apply_folder(chain, two.parent / "in", out, progress=False)
+    assert (out / "a.png").stat().st_mtime_ns == stamp
+    first = replace(chain, flows=(chain.flows[0].with_solve({"strength": 0.1}), chain.flows[1]))  # the last is the same
+    apply_folder(first, two.parent / "in", out, progress=False)
+    assert byte(out / "a.png") == 50 + 10 + 20
+
+
 @pytest.mark.parametrize(
     ("text", "says"), [("{", "cannot be read"), ('{"flows": []}', "names no flow"), ('{"flows": ["no"]}', "holds no field")]
 )
@@ -229,7 +305,7 @@ def test_a_folder_keeps_its_table_and_goes_on_where_it_was(flow: Flow, tmp_path:
     assert again[1] == rows[1]
     assert now["0.png"] > stamps["0.png"]
     assert now["2.png"] > stamps["2.png"]
-    other = apply_folder(flow, source, out, solve=Solve(steps=1), progress=False)
+    other = apply_folder(flow.with_solve({"steps": 1}), source, out, progress=False)
     assert other[1]["flow"]["evaluations"] == 2 != again[1]["flow"]["evaluations"]
 
 
