@@ -42,8 +42,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that `_Loader` would read as numbers."""
+    """Puts quotes around texts that `_Loader` would read as numbers, and escapes breaks other than newlines.
 
+    PyYAML would write those as they are, and read U+0085 as a newline.
+    """
+
+    def represent_text(self, text: str) -> yaml.Node:
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from flowalign import config, plugins
+from flowalign import config, plugins, yaml_text
 from flowalign.errors import ConfigError
 from flowalign.sections import Data, Model
 from flowalign.settings import Config
@@ -29,6 +29,12 @@ def refused(data: object, *overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+@pytest.mark.parametrize("text", ["one\u2028two", "one\u2029two", "one\x85two", "\x85", "one\ntwo\x85 ", "1e-5", " 'a': \"b\""])
+def test_texts_come_back_as_they_were_written(text: str) -> None:
+    values = {"prompts": [text], text: 1}
+    assert yaml_text.read(yaml_text.write(values)) == values
 
 
 def test_what_is_not_written_has_its_default(tmp_path: Path) -> None:
