@@ -1,4 +1,7 @@
-"""Atomic writes: a reader, or a run killed at any instant, sees the old file or the new one, never a part of it."""
+"""Atomic writes: a reader, or a run killed at any instant, sees the old file or the new one, never a part of it.
+
+And lines of text, as JSON lines are to be read.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,15 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, without their ends.
+
+    Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which JSON strings may hold, prompts among them.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def _umask() -> int:

@@ -235,6 +235,16 @@ def test_a_checkpoint_may_draw_and_a_flow_be_told_prompts(loop: Make, folders: d
     assert not (tmp_path / "run" / "encoders.json").exists()  # nothing is kept for training weights
 
 
+def test_prompts_may_hold_what_splits_lines_elsewhere(loop: Make, api: Seeded, tmp_path: Path) -> None:
+    odd = ["a\u2028thing", "b\u2029thing", "c\x85thing", "d thing", "e\u2028thing", "f thing"]
+    config_of = loop(tmp_path / "run").model_copy(update={"prompts": tuple(odd), "rounds": 1})
+    assert runs.improve(config_of, progress=False)["finished"]
+    assert {prompt for prompt, _ in api.wanted()} == {*odd} - {"d thing"}  # of four, the round trains on three
+    asked = len(api.asked)
+    assert runs.improve(config_of, resume=True, progress=False)["finished"]
+    assert len(api.asked) == asked
+
+
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [

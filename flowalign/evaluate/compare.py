@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from flowalign.errors import DataError, RunError
+from flowalign.files import text_lines
 
 if TYPE_CHECKING:
     from flowalign.evaluate.judges import Judge
@@ -197,17 +198,16 @@ def read_generation(folder: str | Path) -> list[Generated]:
     were any; other keys are ignored. Raises DataError for a missing or unreadable file, a missing key, or a prompt and seed
     that occur twice under the same weights.
     """
-    folder = Path(folder)
-    index = folder / "metadata.jsonl"
+    index = Path(folder) / "metadata.jsonl"
     try:
-        lines = index.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(index)
     except OSError as error:
         raise DataError(f"{index} cannot be read ({error.strerror}); give a folder that `flowalign generate` wrote.") from error
     pictures: dict[object, Generated] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        picture = _picture(line, folder, f"{index} line {number}")
+        picture = _picture(line, index.parent, f"{index} line {number}")
         if picture.key in pictures:
             raise DataError(
                 f"{index} line {number} repeats prompt {picture.prompt!r} with seed {picture.seed}; keep one of them."

@@ -21,7 +21,7 @@ from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.families.base import Family
 from flowalign.families.loading import digest, family_of
 from flowalign.families.steer import Rows, Telling, rows_for, steering_of
-from flowalign.files import atomic, write_text
+from flowalign.files import atomic, text_lines, write_text
 from flowalign.rng import starting_noise
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -277,7 +277,7 @@ def _entries(table: Path) -> dict[str, dict[str, Any]]:
     if not table.exists():
         return {}
     try:
-        rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text_lines(table) if line.strip()]
         return {row["file_name"]: row for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{table} is not a table of pictures ({error}); move it away or choose another folder.") from error

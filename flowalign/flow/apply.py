@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flowalign.errors import ConfigError, DataError
-from flowalign.files import atomic, write_text
+from flowalign.files import atomic, text_lines, write_text
 from flowalign.flow.folders import TABLE, Listed, list_pictures
 from flowalign.flow.improve import Chain, Flow
 from flowalign.rng import key
@@ -121,7 +121,7 @@ def _known(out: Path) -> dict[str, dict[str, Any]]:
     if not (out / TABLE).is_file():
         return {}
     try:
-        rows = [json.loads(line) for line in (out / TABLE).read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in text_lines(out / TABLE) if line.strip()]
         return {row["file_name"]: row for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out / TABLE} is not a table of pictures ({error}); move it away or give another folder.") from error

@@ -13,6 +13,7 @@ from PIL import Image
 from flowalign.data.images import decode
 from flowalign.data.rows import PICTURES
 from flowalign.errors import DataError
+from flowalign.files import text_lines
 
 TABLE = "metadata.jsonl"
 ENDINGS = tuple(f".{kind}" for kind in sorted(PICTURES))
@@ -60,7 +61,7 @@ def list_pictures(folder: str | Path) -> list[Listed]:
         return [Listed(path, {"file_name": path.name}) for path in files]
     out = []
     try:
-        lines = table.read_text(encoding="utf-8").split("\n")
+        lines = text_lines(table)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read ({error}); write it anew in UTF-8.") from error
     for number, line in enumerate(lines, 1):

@@ -14,7 +14,7 @@ import yaml
 from flowalign.errors import CheckpointError
 from flowalign.evaluate.compare import Generated, match, read_generation
 from flowalign.evaluate.guard import guard_report
-from flowalign.files import write_text
+from flowalign.files import text_lines, write_text
 from flowalign.report.charts import Line, forest, line_chart
 from flowalign.report.document import document
 from flowalign.report.pictures import Samples, read_samples, sheet, strip
@@ -72,7 +72,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a metrics file. A last line that was cut by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = text_lines(path) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)

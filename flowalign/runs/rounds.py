@@ -28,7 +28,7 @@ from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round, u
 from flowalign.data.readers import open_comparisons
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError
-from flowalign.files import write_text
+from flowalign.files import text_lines, write_text
 from flowalign.improve_settings import ImproveConfig
 from flowalign.parent import end_with
 from flowalign.rng import key
@@ -297,7 +297,7 @@ def select_pairs(loop: Loop, number: int) -> int:
         earlier = range(max(0, number - replay.rounds), number)
         before = [row for each in earlier for row in _rows(loop.round(each) / ordered.name)]
         write_comparisons(out, mixed(rows, before, replay.share, loop.config.draw.seed, number))
-    return sum(1 for line in out.read_text(encoding="utf-8").split("\n") if line)
+    return sum(1 for line in text_lines(out) if line)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
+from flowalign.files import text_lines
 from flowalign.scoring.comparisons import TIES, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
@@ -106,7 +107,7 @@ def select(
 def _planned(path: Path, table: ScoreTable) -> list[Mapping[str, float]]:
     """Weights of each row of the table by a plan's. Raises DataError for a row that the plan lacks or has no weights for."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = text_lines(path)
         known = {(row["prompt"], row["seed"]): row.get("weights") for row in map(json.loads, lines)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{path} is not a plan of pictures ({reason(error)})"

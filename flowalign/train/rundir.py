@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowalign.files import write_text
+from flowalign.files import text_lines, write_text
 
 PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors")
 
@@ -71,7 +71,7 @@ class RunDir:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in text_lines(self.metrics):
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)

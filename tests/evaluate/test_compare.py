@@ -142,6 +142,16 @@ def test_match_pairs_by_prompt_and_seed_whatever_the_order(tmp_path: Path) -> No
         assert np.asarray(Image.open(right.path))[0, 0, 0] == np.asarray(Image.open(left.path))[0, 0, 0] + 1
 
 
+def test_lines_end_at_newlines_and_nowhere_else(tmp_path: Path) -> None:
+    """As any of our tables is written, with a prompt that holds other characters which may end a line."""
+    odd = "one\u2028two\u2029three\x85four"
+    folder = write_generation(tmp_path / "base", {(odd, 0): 10, ("dog", 0): 20})
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().split("\n")[:-1]]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert [each.prompt for each in read_generation(folder)] == [odd, "dog"]
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("sampler", "euler"), ("steps", 21), ("guidance", 3.5), ("height", 16), ("width", 16)]
 )

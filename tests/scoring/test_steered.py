@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import dirichlet, kstest
 
-from flowalign import cli
+from flowalign import cli, runs
 from flowalign.align.objectives.dpo import dpo
 from flowalign.align.terms import Terms
 from flowalign.data.readers import open_comparisons
@@ -157,6 +157,24 @@ def test_pictures_drawn_under_weights_are_judged_by_the_same_and_no_others() -> 
     assert steered(scores, ("clip", "size"), under=[told[0]] * len(PROMPTS), least=10.0) == []
     with pytest.raises(DataError, match="weighs 'style', no objective"):
         steered(scores, ("clip", "size"), under=[{"style": 1.0}] * len(PROMPTS))
+
+
+def test_a_plan_is_read_whatever_its_prompts_hold(tmp_path: Path) -> None:
+    prompts = ["one\u2028two"] * 2 + ["three\u2029four\x85five"] * 2
+    rows = [{"prompt": prompt, "seed": row, "weights": {"clip": 0.2, "style": 0.8}} for row, prompt in enumerate(prompts)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "plan.jsonl").write_text(text, encoding="utf-8")
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        path.write_bytes(encoded(picture(number)))
+    raw = {"clip": np.arange(4.0), "style": np.arange(4.0)}
+    scores = table_of(
+        prompts, raw, paths=[str(tmp_path / f"{number}.png") for number in range(4)], more={"seed": list(range(4))}
+    )
+    scores.having({f"calibrated.{name}": values for name, values in raw.items()}).write(tmp_path / "table.parquet")
+    out, plan = tmp_path / "pairs.jsonl", tmp_path / "plan.jsonl"
+    runs.select(str(tmp_path / "table.parquet"), by="steered", out=out, objectives=("clip", "style"), plan=plan)
+    assert [comparison.prompt for comparison in open_comparisons(out)] == [prompts[0], prompts[2]]
 
 
 def test_weights_belong_to_seed_prompt_and_draw() -> None:
