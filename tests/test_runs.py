@@ -212,6 +212,23 @@ def test_two_folders_of_pictures_are_compared(brightness: None, tmp_path: Path) 
     assert len(written["rows"]) == 6
 
 
+def test_an_evaluation_holds_and_shows_its_own_pictures(brightness: None, folders: dict[str, Path], tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "out", str(folders["epsilon"])
+
+    def evaluated(base: str, aligned: str, prompts: list[str], steps: int) -> tuple[dict[str, Any], str]:
+        how = {"judges": tmp_path, "out": out, "device": "cpu", "progress": False}
+        found = runs.evaluate(base, aligned, prompts, steps=steps, guidance=1.0, **how)  # type: ignore[arg-type]
+        return found, Path(found["report"]).read_text()
+
+    found, page = evaluated(checkpoint, checkpoint, PROMPTS, 1)
+    assert (found["pairs"], found["drawn"], "data:image" in page) == (2, ["base", "aligned"], True)
+    found, _ = evaluated(checkpoint, checkpoint, PROMPTS[1:], 2)
+    assert (found["pairs"], found["settings"]["steps"]) == (1, 2)
+    dark, light = generated(tmp_path / "dark", 51), generated(tmp_path / "light", 102)
+    found, page = evaluated(str(dark), str(light), [], 1)
+    assert (found["pairs"], found["drawn"], "data:image" in page) == (6, [], False)
+
+
 @pytest.mark.parametrize("key", ["sampler", "steps", "guidance", "height"])
 def test_pictures_drawn_otherwise_are_not_compared(brightness: None, tmp_path: Path, key: str) -> None:
     other = {"sampler": "euler", "steps": 6, "guidance": 2.0, "height": 32}[key]

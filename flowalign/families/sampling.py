@@ -226,9 +226,10 @@ def write_images(
     """Draw into `folder` as `INDEX-SEED.png` with a `metadata.jsonl` beside, as `datasets`' image folders have it.
 
     `generator` names what draws; unless given it is `generator_id(pipeline)`. weights: as of `sample`; an entry holds those of
-    its picture. A picture whose entry in `metadata.jsonl` is what would be written again is left alone, so a
-    killed call goes on where it was. `keep` gets the bytes of each file, and what is in it, before it is written. Returns the
-    paths in order. Raises ConfigError and DataError.
+    its picture. A picture whose entry in `metadata.jsonl` is what would be written again is left alone, so a killed call goes
+    on where it was, and one with more prompts at the end draws those. Entries of what this call was not asked for leave the
+    table; their files stay. `keep` gets the bytes of each file, and what is in it, before it is written. Returns the paths in
+    order. Raises ConfigError and DataError.
     """
     _check_lengths(prompts, seeds)
     folder = Path(folder)
@@ -240,10 +241,10 @@ def write_images(
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     table = folder / "metadata.jsonl"
-    known = {name: entry for name, entry in _entries(table).items() if (folder / name).is_file()}
-    missing = [index for index, entry in enumerate(wanted) if known.get(entry["file_name"]) != entry]
-    for index in missing:
-        known.pop(wanted[index]["file_name"], None)
+    before = {name: entry for name, entry in _entries(table).items() if (folder / name).is_file()}
+    missing = [index for index, entry in enumerate(wanted) if before.get(entry["file_name"]) != entry]
+    # Without what an earlier call asked for, or it would be compared and scored as if this one had.
+    known = {entry["file_name"]: entry for entry in wanted if before.get(entry["file_name"]) == entry}
     _write_entries(table, known)  # before any picture is replaced: the table never describes a picture it does not fit
     pictures = drawn(
         pipeline,

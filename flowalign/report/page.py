@@ -20,22 +20,25 @@ from flowalign.report.document import document
 from flowalign.report.pictures import Samples, read_samples, sheet, strip
 
 Metrics = Sequence[Mapping[str, Any]]
+SIDES = ("base", "aligned")
 
 
 def write_report(run: str | Path, *, limit: int = 48) -> Path:
     """Write `report.html` into a run folder from what the folder holds; a part that is missing is left out.
 
     Read are config.yaml, metrics.jsonl, metrics.json (its `verdict`), environment.json, data.json, samples/step-*, and
-    evaluation/ with evaluation.json, base/ and aligned/. Without an evaluation the first and the last samples stand in for
-    its pictures. At most `limit` pairs are inlined, the first ones. Raises CheckpointError for a folder with nothing to
-    report or a file that cannot be read, DataError for broken pictures.
+    evaluation/ with evaluation.json, base/ and aligned/, which hold what was judged unless evaluation.json names fewer sides
+    as `drawn`. Without an evaluation's pictures the first and the last samples stand in for them. At most `limit` pairs are
+    inlined, the first ones. Raises CheckpointError for a folder with nothing to report or a file that cannot be read, DataError
+    for broken pictures.
     """
     run = Path(run)
     config = read_mapping(run / "config.yaml")
     metrics = list(read_lines(run / "metrics.jsonl"))
     evaluation = read_mapping(run / "evaluation" / "evaluation.json")
-    folders = [run / "evaluation" / side for side in ("base", "aligned")]
-    pairs = match(*map(read_generation, folders)) if all(folder.is_dir() for folder in folders) else []
+    folders = [run / "evaluation" / side for side in SIDES]
+    there = [*evaluation.get("drawn", SIDES)] == [*SIDES] and all(folder.is_dir() for folder in folders)
+    pairs = match(*map(read_generation, folders)) if there else []  # else of an earlier evaluation
     samples = read_samples(run)
     data, environment = read_mapping(run / "data.json"), read_mapping(run / "environment.json")
     if not any((config, metrics, evaluation, pairs, samples, data, environment)):

@@ -44,6 +44,7 @@ def generate(
 ) -> dict[str, Any]:
     """Draw one picture per prompt and seed into `out`, with `metadata.jsonl`; what is there already is not drawn again.
 
+    The table lists what this call was asked for, whatever else the folder holds.
     weights: of the objectives that the run was steered with, by name and in any scale; None draws without, as diffusers does
     that loads the run's weights. targets: scores to draw for, of all objectives of a run that was told scores. user: for whom
     to draw, by name and share, of a run with users. flow: the run folder of a flow to move them along; what was drawn is then
@@ -115,12 +116,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare two generators on the same prompts and seeds; `out` gets pictures, `evaluation.json` and `report.html`.
 
-    `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote. `judges` may be left
-    out where `aligned` is a run whose configuration names them.
+    `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote; the page shows the pictures
+    where both sides were drawn, and the result names those that were. `judges` may be left out where `aligned` is a run whose
+    configuration names them.
     """
     judge_folder = judges or judges_of(aligned, Config)
     chosen = load_judges(judge_folder, choose_device(device))
-    folders = []
+    folders, drawn = [], []
     for side, source in (("base", base), ("aligned", aligned)):
         if (Path(source) / "metadata.jsonl").is_file():
             folders.append(Path(source))
@@ -140,7 +142,8 @@ def evaluate(
             progress=progress,
         )
         folders.append(folder)
-    result = evaluate_folders(folders[0], folders[1], chosen, progress=progress)
+        drawn.append(side)
+    result = evaluate_folders(folders[0], folders[1], chosen, progress=progress) | {"drawn": drawn}
     write_text(out / "evaluation" / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     page = report(out)["report"]
     lines = [

@@ -158,6 +158,21 @@ def test_a_folder_is_finished_after_a_kill(folders: dict[str, Path], tmp_path: P
     assert calls == [1, 1]  # only the picture whose prompt changed
 
 
+def test_the_table_lists_what_the_last_call_asked_for(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """Or what compares and scores folders would take pictures of an earlier call for this one's."""
+    settings, calls = SamplerSettings(sampler="ddim", steps=1, guidance=1.0), count_calls(pipeline)
+
+    def listed(*prompts: str) -> list[str]:
+        write_images(tmp_path, pipeline, prompts, [5] * len(prompts), settings, progress=False)
+        return [json.loads(line)["prompt"] for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+
+    assert listed("a", "b") == ["a", "b"]
+    assert listed("a", "b", "c") == ["a", "b", "c"]
+    assert calls == [2, 1]  # what is there is not drawn again
+    assert listed("b") == ["b"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["00000-5.png", "00001-5.png", "00002-5.png"]
+
+
 def test_the_folder_is_an_image_folder_of_datasets(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
     settings = SamplerSettings(sampler="ddim", steps=2, guidance=2.0)
     write_images(tmp_path / "pictures", pipeline, PROMPTS, SEEDS, settings, progress=False)
