@@ -27,7 +27,8 @@ TABLE_BYTES = 128 * 2**20
 class ParquetRows(Rows):
     """Parquet shards in the order given. `pictures`, columns (binary or {bytes, path}), are read only when one is asked for.
 
-    What is read at a time is one row group of one column. Raises DataError for files that are not Parquet.
+    What is read at a time is one row group of one column. Raises DataError for files that are not Parquet, and for shards with
+    other columns than the first, in whatever order.
     """
 
     def __init__(self, paths: Sequence[Place]) -> None:
@@ -39,10 +40,12 @@ class ParquetRows(Rows):
             with open_file(path) as opened:
                 try:
                     with pq.ParquetFile(path if isinstance(path, Path) else opened) as file:
-                        metadata = file.metadata
-                        schemas += [] if shard else [file.schema_arrow]
+                        metadata, schema = file.metadata, file.schema_arrow
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(f"{str(path)!r} is not a Parquet file ({reason(error)}); fetch or write it again") from None
+            schemas += [] if shard else [schema]
+            if {*schema.names} != {*schemas[0].names}:  # what one has and another lacks would be lost, or fail in the middle
+                raise DataError(_unlike(self.paths[0], schemas[0].names, path, schema.names))
             groups += [(shard, group) for group in range(metadata.num_row_groups)]
             sizes += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._groups = groups
@@ -178,6 +181,13 @@ class DatasetRows(Rows):
 
     def where(self, number: int) -> str:
         return f"{self.name}:{number}"
+
+
+def _unlike(first: Place, columns: Sequence[str], other: Place, others: Sequence[str]) -> str:
+    """How a shard's columns differ from the first one's."""
+    more, less = ([name for name in one if name not in two] for one, two in ((others, columns), (columns, others)))
+    said = [f"{word} {', '.join(names)}" for word, names in (("also has", more), ("lacks", less)) if names]
+    return f"{str(other)!r} {' and '.join(said)}, unlike {first.name}; write all shards with the same columns"
 
 
 def payload(value: Any, folder: Place) -> bytes:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from flowalign import cli
 from flowalign.data.readers import Comparisons, open_comparisons, scan, split_by_prompt, write_bad_rows
 from flowalign.data.rows import _members
 from flowalign.errors import DataError
@@ -244,6 +245,25 @@ def test_parquet_shards_by_split(tmp_path: Path) -> None:
     assert open_comparisons(tmp_path, split="validation")[0].prompt == "prompt 90"
     with pytest.raises(DataError, match="no shards of split 'test'; allowed: train, validation"):
         open_comparisons(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [([], "also has weight, unlike 0.parquet"), (["label_1"], "also has weight and lacks label_1, unlike 0.parquet")],
+)
+def test_shards_with_other_columns_are_refused(
+    tmp_path: Path, drop: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a later shard's weights would be lost, and a column that it lacks would be missed in the middle of a run."""
+    table = pick_table(2)
+    pq.write_table(table, tmp_path / "0.parquet")
+    pq.write_table(table.select(table.column_names[::-1]), tmp_path / "1.parquet")  # another order is none of it
+    assert len(open_comparisons(tmp_path)) == 4
+    pq.write_table(table.append_column("weight", pa.array([2.0, 2.0])).drop_columns(drop), tmp_path / "2.parquet")
+    with pytest.raises(DataError, match=f"2.parquet' {message}; write all shards"):
+        open_comparisons(tmp_path)
+    assert cli.main(["audit", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_picture_cells_with_bytes_or_path(pictures: Path) -> None:
