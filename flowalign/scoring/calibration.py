@@ -138,7 +138,8 @@ class Calibration:
             raise DataError(f"the reward {name!r} was not calibrated, only {known}; calibrate again with it.")
         if table.cards[name].fingerprint != self.rewards[name].fingerprint:
             raise DataError(
-                f"the reward {name!r} is not the one that was calibrated: its weights or preprocessing differ; calibrate again."
+                f"the reward {name!r} is not the one that was calibrated: its weights, preprocessing or tokenizer differ; "
+                "calibrate again."
             )
 
     def write(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowalign.errors import CheckpointError, reason
 from flowalign.scoring.rewards.base import Card, Reward, Shelf
 from flowalign.scoring.rewards.blip import Blip
-from flowalign.scoring.rewards.contrastive import Origin, fingerprint
+from flowalign.scoring.rewards.contrastive import Origin, fingerprint, reading
 from flowalign.scoring.rewards.transformers_tower import framing_of
 
 Value = Literal["probability", "log_odds", "cosine"]
@@ -102,7 +102,7 @@ def _load(key: str, shelf: Shelf, name: str) -> Matching:
             f"{name} lacks {sorted(about['missing_keys'])[0]} and is no BLIP for retrieval; give one such as "
             "Salesforce/blip-itm-large-coco."
         )
-    mark = fingerprint(net, "blip-itm", framing, config.to_json_string(), str(shelf.dtype))
+    mark = fingerprint(net, "blip-itm", framing, config.to_json_string(), reading(tokenizer), str(shelf.dtype))
     revision = getattr(config, "_commit_hash", None)
     local = Path(name).is_dir()
     said = f"transformers {Path(name).name if local else name}{f' at {revision[:12]}' if revision else ''}"

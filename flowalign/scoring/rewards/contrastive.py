@@ -31,7 +31,7 @@ class Origin:
     """Name and revision, for people."""
     licence: str
     fingerprint: str
-    """Of weights, architecture, preprocessing and precision."""
+    """Of weights, architecture, preprocessing, tokenizer and precision."""
 
 
 class Contrastive(Backbone):
@@ -94,6 +94,25 @@ class Contrastive(Backbone):
     def cosine(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines `[B]` between pictures that were seen and their prompts."""
         return (features * self.read(prompts)).sum(-1)
+
+
+def reading(tokenizer: Any) -> dict[str, Any]:
+    """How a tokenizer of transformers or open_clip turns text into numbers, for `fingerprint`.
+
+    Where it lies and how it was called last are none of it.
+    """
+    if hasattr(tokenizer, "get_vocab"):
+        if hasattr(tokenizer, "backend_tokenizer"):
+            rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        else:
+            rules = {"kind": type(tokenizer).__name__, "words": sorted(tokenizer.get_vocab().items())}
+        sides = [getattr(tokenizer, f"{what}_side", None) for what in ("padding", "truncation")]
+        return {"rules": rules, "pad": tokenizer.pad_token_id, "sides": sides}
+    own = {name: getattr(tokenizer, name, None) for name in ("context_length", "strip_sep_token", "tokenizer_mode")}
+    own |= {name: getattr(getattr(tokenizer, name, None), "__name__", None) for name in ("clean_fn", "reduction_fn")}
+    words, merges = (list(getattr(tokenizer, name, ())) for name in ("encoder", "bpe_ranks"))  # in order
+    inner = getattr(tokenizer, "tokenizer", None)
+    return {**own, "words": words, "merges": merges, "inner": None if inner is None else reading(inner)}
 
 
 def fingerprint(model: nn.Module, *settings: object) -> str:

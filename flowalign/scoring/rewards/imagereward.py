@@ -21,7 +21,7 @@ from flowalign.scoring.rewards import published
 from flowalign.scoring.rewards.aesthetic import Layers, apply, read_head
 from flowalign.scoring.rewards.base import Card, Reward, Shelf
 from flowalign.scoring.rewards.blip import Blip
-from flowalign.scoring.rewards.contrastive import Origin, fingerprint
+from flowalign.scoring.rewards.contrastive import Origin, fingerprint, reading
 from flowalign.scoring.rewards.framing import Framing
 
 HUB = "THUDM/ImageReward"
@@ -104,8 +104,7 @@ def _blip(key: str, shelf: Shelf, parts: Mapping[str, dict[str, Tensor]], path: 
     words = _tokenizer(tokenizer, parts[TEXT]["embeddings.word_embeddings.weight"].shape[0])
     whole = nn.ModuleDict({"vision": vision, "text": text})
     head = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(parts[HEAD].items()))).hexdigest()
-    vocabulary = sorted(words.get_vocab().items())
-    mark = fingerprint(whole, "imagereward", framing, head, vocabulary, str(shelf.dtype))
+    mark = fingerprint(whole, "imagereward", framing, head, reading(words), str(shelf.dtype))
     origin = Origin(path.name, "Apache-2.0", mark)
     return Blip(key, vision, text, words, framing, origin, shelf.device, shelf.dtype)
 

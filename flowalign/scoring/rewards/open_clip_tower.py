@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.scoring.rewards.base import Shelf
-from flowalign.scoring.rewards.contrastive import Contrastive, Origin, fingerprint
+from flowalign.scoring.rewards.contrastive import Contrastive, Origin, fingerprint, reading
 from flowalign.scoring.rewards.framing import Framing
 
 CONFIG = "open_clip_config.json"
@@ -79,7 +79,7 @@ def from_model(
     shelf: Shelf,
 ) -> OpenClipTower:
     """A tower around an open_clip model in float32. origin: what to say of its weights, and their licence."""
-    mark = fingerprint(net, "open_clip", framing, str(net), str(shelf.dtype))
+    mark = fingerprint(net, "open_clip", framing, str(net), reading(tokenize), str(shelf.dtype))
     tower = OpenClipTower(key, net, framing, Origin(*origin, mark), shelf.device, shelf.dtype)
     tower.tokenize = tokenize
     return tower

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.errors import CheckpointError, reason
 from flowalign.scoring.rewards.base import Shelf
-from flowalign.scoring.rewards.contrastive import Contrastive, Origin, fingerprint
+from flowalign.scoring.rewards.contrastive import Contrastive, Origin, fingerprint, reading
 from flowalign.scoring.rewards.framing import Framing
 
 KINDS = ("clip", "siglip")
@@ -87,7 +87,7 @@ def _load(key: str, shelf: Shelf, model: str, processor: str) -> TransformersTow
             f"{model} is no model that transformers can load ({reason(error)}); give a folder that save_pretrained wrote with "
             "its processor, or a hub id that was downloaded once while online."
         ) from error
-    mark = fingerprint(net, "transformers", framing, config.to_json_string(), str(shelf.dtype))
+    mark = fingerprint(net, "transformers", framing, config.to_json_string(), reading(tokenizer), str(shelf.dtype))
     revision = getattr(config, "_commit_hash", None)
     said = f"transformers {folder.name if folder.is_dir() else model}{f' at {revision[:12]}' if revision else ''}"
     licence = "as its publisher states" if folder.is_dir() else LICENCES.get(model.split("/")[0], "as its publisher states")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.scoring.rewards.base import Backbone, Card, Reward, Shelf
-from flowalign.scoring.rewards.contrastive import Origin, fingerprint
+from flowalign.scoring.rewards.contrastive import Origin, fingerprint, reading
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
 AT_ONCE = 8
@@ -162,8 +162,8 @@ def _load(key: str, shelf: Shelf, name: str) -> Answerer:
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{name} has no processor for pictures and text; give a folder that has one.")
     settings = [each.to_json_string() for each in (processor.image_processor, config)]
-    vocabulary = sorted(processor.tokenizer.get_vocab().items())
-    mark = fingerprint(net, "vqascore", settings, vocabulary, getattr(processor, "chat_template", None), str(shelf.dtype))
+    words, chat = reading(processor.tokenizer), getattr(processor, "chat_template", None)
+    mark = fingerprint(net, "vqascore", settings, words, chat, str(shelf.dtype))
     revision = getattr(config, "_commit_hash", None)
     said = f"transformers {Path(name).name if Path(name).is_dir() else name}{f' at {revision[:12]}' if revision else ''}"
     return Answerer(key, net, processor, Origin(said, "as its publisher states", mark), shelf.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_the_values_of_one_blip_share_it(tmp_path: Path) -> None:
     rewards = load_rewards(specs, shelf)
     assert rewards[0].backbone is rewards[1].backbone
     assert rewards[0].card.fingerprint != rewards[1].card.fingerprint
+
+
+def test_another_tokenizer_is_another_blip(tmp_path: Path) -> None:
+    folder = tiny_models.blip_retrieval(tmp_path)
+    before = load("blip_itm", model=str(folder)).card.fingerprint
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    words = rules["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    assert load("blip_itm", model=str(folder)).card.fingerprint != before
 
 
 def test_other_models_are_no_blip_for_retrieval(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from flowalign.errors import CheckpointError, ConfigError
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards import aesthetic, open_clip_tower, published, transformers_tower
 from flowalign.scoring.rewards.base import Reward, Shelf
-from flowalign.scoring.rewards.contrastive import Contrastive
+from flowalign.scoring.rewards.contrastive import Contrastive, reading
 from flowalign.scoring.rewards.framing import normalised
+from tests.conftest import clip_tokenizer
 from tests.scoring import tiny_towers
 from tests.scoring.test_every_reward import PROMPTS, pictures
 
@@ -285,6 +288,58 @@ def test_a_gradient_flows_after_scoring(tmp_path: Path) -> None:
     reward.score_pixels(pixels, PROMPTS[:1]).sum().backward()
     assert pixels.grad is not None
     assert float(pixels.grad.abs().sum()) > 0
+
+
+def other_words(folder: Path) -> Path:
+    """Give a folder a tokenizer in which letters stand for one another's numbers."""
+    words = list(clip_tokenizer().get_vocab())
+    shifted = {word: index for index, word in enumerate([*words[:2], *words[3:], words[2]])}
+    type(clip_tokenizer())(vocab=shifted, merges=[], model_max_length=16).save_pretrained(folder)
+    return folder
+
+
+def test_another_tokenizer_has_another_fingerprint(tmp_path: Path) -> None:
+    """Or the cache would give the scores of one for those of the other."""
+    model, one, same, other = (tmp_path / name for name in ("model", "one", "same", "other"))
+    tiny_towers.transformers_clip(model)
+    for folder in (one, same, other):
+        shutil.copytree(model, folder)
+    other_words(other)
+    rewards = [load("pickscore", model=str(model), processor=str(folder)) for folder in (one, same, other)]
+    scores = [reward.score(pictures(), PROMPTS) for reward in rewards]
+    marks = [reward.card.fingerprint for reward in rewards]
+    assert torch.equal(scores[0], scores[1])
+    assert marks[0] == marks[1]
+    assert not torch.equal(scores[0], scores[2])
+    assert marks[0] != marks[2]
+    again = rewards[0].backbone
+    assert isinstance(again, transformers_tower.TransformersTower)
+    assert reading(again.tokenizer) == reading(clip_tokenizer())  # whose padding was not set by a call
+
+
+def test_what_open_clip_does_to_text_is_read_too(tmp_path: Path) -> None:
+    clip_tokenizer().save_pretrained(tmp_path / "one")
+    other_words(tmp_path / "other")
+    simple, hub = open_clip.tokenizer.SimpleTokenizer, open_clip.tokenizer.HFTokenizer
+    kinds = [
+        simple(),
+        simple(context_length=64),
+        simple(clean="canonicalize"),
+        simple(additional_special_tokens=["<fox>"]),
+        hub(str(tmp_path / "one")),
+        hub(str(tmp_path / "one"), strip_sep_token=True),
+        hub(str(tmp_path / "other")),
+    ]
+    marks = [json.dumps(reading(kind)) for kind in kinds]
+    assert len({*marks}) == len(marks)
+    used = simple()
+    used(["a red fox"])
+    assert json.dumps(reading(used)) == marks[0]
+    loaded = load("clip", model=str(tiny_towers.open_clip_folder(tmp_path))).card.fingerprint
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    assert load("clip", model=str(tmp_path)).card.fingerprint != loaded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
