@@ -61,7 +61,7 @@ def score(
     for name, value, choices in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
         if value not in choices:
             raise ConfigError(f"{name} is {value!r}; {allowed(value, choices)}.")
-    _check(out)
+    _check(out, source)
     folder = cache_folder(cache).absolute()
     if (here := Path(source).expanduser()).exists():
         source = str(here.absolute())  # workers of a cluster may start elsewhere
@@ -112,7 +112,7 @@ def score(
     }
 
 
-def _check(out: Path) -> None:
+def _check(out: Path, source: str) -> None:
     """Before an hour of scoring rather than after it. Raises ConfigError."""
     if out.suffix != ".parquet" or out.is_dir():
         raise ConfigError(f"out is {out}; a score table is a Parquet file, so give a file's name that ends with .parquet.")
@@ -122,6 +122,9 @@ def _check(out: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"out is {out}, where nothing can be written ({error.strerror}); choose another place.") from None
+    if out.exists() and (here := Path(source).expanduser()).exists() and out.samefile(here):
+        other = out.with_name(f"{out.stem}-more.parquet")
+        raise ConfigError(f"out is {out}, which is what is scored and would be lost; give another file, such as --out {other}.")
 
 
 def figures_of(scores: NDArray[np.float64]) -> dict[str, float | int | None]:

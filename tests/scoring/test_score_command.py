@@ -170,6 +170,22 @@ def test_a_table_of_scores_is_scored_by_others(folder: Path, tmp_path: Path) -> 
     assert read_table(tmp_path / "more.parquet").data.equals(read_table(out).data)
 
 
+def test_what_is_scored_is_not_written_over(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scores.parquet is also what --out is unless told otherwise; it may be named in another way."""
+    monkeypatch.chdir(tmp_path)
+    assert command(capsys, folder, "--rewards", REWARDS)[0] == 0
+    before = Path("scores.parquet").read_bytes()
+    Path("link.parquet").symlink_to("scores.parquet")
+    for source in ("scores.parquet", tmp_path / "scores.parquet", "link.parquet"):
+        code, _, result = command(capsys, source, "--rewards", "jpeg_size")
+        assert code == 2
+        assert "give another file, such as --out scores-more.parquet" in result["error"]["message"]
+        assert Path("scores.parquet").read_bytes() == before
+    assert command(capsys, "scores.parquet", "--rewards", "jpeg_size", "--out", "scores-more.parquet")[0] == 0
+
+
 def test_interrupted_it_says_how_to_go_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
