@@ -17,7 +17,7 @@ from flowalign.data.rows import Rows
 from flowalign.data.tables import ParquetRows
 from flowalign.errors import DataError, allowed
 
-CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)(?::(?P<column>\w+))?")
+CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)(?::(?P<column>.+))?")
 PROMPTS = ("prompt", "caption")
 ANNOTATOR = "annotator"
 OPTIONAL = (

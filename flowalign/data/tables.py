@@ -142,7 +142,8 @@ class DatasetRows(Rows):
     def __init__(self, source: str, split: str) -> None:
         import datasets  # slow to import, and only this kind of source needs it
 
-        self.name, self.folder = source, Path(source)
+        self.folder = Path(source)
+        self.name = self.folder.name if self.folder.exists() else source  # a row's place is for people, and no path of a file
         saved = any((self.folder / name).exists() for name in ("state.json", "dataset_dict.json"))
         try:
             data: Any = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split)

@@ -13,7 +13,7 @@ from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
 from flowalign.files import text_lines
-from flowalign.scoring.comparisons import TIES, rows_of
+from flowalign.scoring.comparisons import TIES, prompted, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
 from flowalign.scoring.select import PICKERS, TEMPERATURE
@@ -69,7 +69,9 @@ def select(
                 f"by is {by!r}, which reads what flowalign margins adds to comparisons, and {source} is a score table; select "
                 "best_worst from it, run flowalign margins on that, and select from what it writes."
             )
-        table, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
+        whole, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
+        table = prompted(whole)
+        counts["without_prompt"] = len(whole) - len(table)
         if temperature <= 0:
             raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
@@ -100,6 +102,7 @@ def select(
         rows = [row | {"weight": weight} for row, weight in zip(rows, found, strict=True)]
     count, prompts = write_comparisons(out, rows), len({row["prompt"] for row in rows})
     bad = f"; {counts['bad_rows']} rows could not be used" if counts.get("bad_rows") else ""
+    bad += f"; {counts['without_prompt']} pictures without a prompt were left out" if counts.get("without_prompt") else ""
     said = f"{count} {of} of {prompts} prompts in {out}{bad}"
     return {"out": str(out), "count": count, "prompts": prompts, **counts, "summary": said}
 

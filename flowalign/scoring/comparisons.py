@@ -69,6 +69,17 @@ def select(
     return rows if labels == "votes" else [row | {"preference": 0.5 + 0.5 * row["margin"]} for row in rows]
 
 
+def prompted(table: ScoreTable) -> ScoreTable:
+    """The pictures that have a prompt, which comparisons need. Raises DataError where none has."""
+    rows = [row for row, prompt in enumerate(table.texts("prompt")) if prompt and prompt.strip()]
+    if not rows:
+        raise DataError(
+            "no picture of the table has a prompt, and a comparison is of two pictures of one; score them with their prompts, "
+            "or with --prompt TEXT for all."
+        )
+    return table if len(rows) == len(table) else table.select(rows)
+
+
 def pick(
     table: ScoreTable,
     by: str,
@@ -129,7 +140,7 @@ def _scores(table: ScoreTable, by: str, score: str) -> tuple[Array, Array]:
 
 
 def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dict[str, Any]]:
-    """Rows for `data.writer.write_comparisons`. Raises DataError for a picture that lies in an archive."""
+    """Rows for `data.writer.write_comparisons`. Raises DataError for a picture that no file can name."""
     column = CALIBRATED if score != "raw" and _is_calibrated(table) else None
     scores = {name: table.numbers(column + name) if column else table.oriented(name) for name in table.rewards}
     scores |= {"combined": table.numbers("combined")} if score == "combined" else {}
@@ -141,8 +152,8 @@ def rows_of(table: ScoreTable, picked: Sequence[Picked], score: str) -> list[dic
         for place in places:
             if not can_be_named(str(paths[place])):
                 raise DataError(
-                    f"the picture {paths[place]} lies in an archive, where a comparison file cannot name it; score a folder of "
-                    "files or a Parquet file."
+                    f"the picture {paths[place]} lies in an archive or a data set, where a comparison file cannot name it; "
+                    "score a folder of files or a Parquet file."
                 )
         row: dict[str, Any] = {"prompt": prompts[each.better], "images": [paths[place] for place in places], "num_chosen": 1}
         two = {name: values[places] for name, values in scores.items()}

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.stats import zscore as scipy_zscore
 
@@ -356,6 +357,22 @@ def test_cells_of_parquet_are_named_and_members_of_archives_are_refused(tmp_path
     calibrated([f"shard.tar:{row}" for row in range(9)]).write(tmp_path / "table.parquet")
     with pytest.raises(DataError, match="lies in an archive"):
         runs.select(str(tmp_path / "table.parquet"), by="best_worst", out=tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_pictures_without_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
+    """They belong together no more than any others."""
+    table = calibrated([f"{tmp_path}/{number}.png" for number in range(9)])
+    table.having({"prompt": pa.array(["a"] * 4 + [None] * 3 + [" "] * 2)}).write(tmp_path / "some.parquet")
+    how = {"by": "margin", "least": 0.0, "ties": "keep"}
+    result = runs.select(str(tmp_path / "some.parquet"), out=tmp_path / "pairs.jsonl", **how)  # type: ignore[arg-type]
+    found = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in found] == ["a"] * 6
+    assert result["without_prompt"] == 5
+    assert "5 pictures without a prompt were left out" in result["summary"]
+    table.having({"prompt": pa.nulls(9, pa.string())}).write(tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"no picture of the table has a prompt.*--prompt TEXT"):
+        runs.select(str(tmp_path / "none.parquet"), by="margin", out=tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
 
 

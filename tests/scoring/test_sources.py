@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flowalign.data.readers import open_comparisons
-from flowalign.data.writer import can_be_named
+from flowalign.data.writer import can_be_named, write_comparisons
 from flowalign.errors import DataError
 from flowalign.scoring.sources import Items, open_items
 from tests.scoring.pixels import encoded, folder_of, picture
@@ -111,9 +111,25 @@ def test_the_path_of_a_picture_can_be_named_in_a_comparison(tmp_path: Path, make
     assert [image.read() for image in pair.images] == [encoded(picture(0)), encoded(picture(1))]
 
 
+@pytest.mark.parametrize("column", ["my-image", "ein Bild", "a:b"])
+def test_a_column_of_any_name_can_be_named_in_a_comparison(tmp_path: Path, column: str) -> None:
+    pq.write_table(pa.table({column: [encoded(picture(n)) for n in range(2)]}), tmp_path / "t.parquet")
+    items = open_items(tmp_path / "t.parquet", image_column=column)
+    paths = [items.item(place).path for place in range(2)]
+    assert all(map(can_be_named, paths))
+    write_comparisons(tmp_path / "in" / "pairs.jsonl", [{"prompt": "x", "images": paths, "num_chosen": 1}])
+    pair = open_comparisons(tmp_path / "in" / "pairs.jsonl")[0]
+    assert [image.name for image in pair.images] == [f"../t.parquet#{row}:{column}" for row in range(2)]
+    assert [image.read() for image in pair.images] == [encoded(picture(0)), encoded(picture(1))]
+
+
 def test_what_an_archive_holds_has_a_place_for_people_only(tmp_path: Path) -> None:
     path = open_items(archive(tmp_path)).item(3).path
     assert path == "shard.tar:3"
+    assert not can_be_named(path)
+    saved = data_set(tmp_path).absolute()
+    path = open_items(saved).item(3).path
+    assert path == "saved:3"
     assert not can_be_named(path)
 
 
