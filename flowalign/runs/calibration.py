@@ -65,9 +65,9 @@ def calibrate(
         source = general if seen is None else seen.fingerprint
         found = fit(scores, labelled, method=method, fuse=fuse, general=source, ties=ties, seed=seed, **told)
     done = found.apply(scores, base=None if base is None else read_table(base), by=by, weights=weights, features=seen)
-    done.write(new)
     if fitted is None:
-        found.write(saved)
+        found.write(saved)  # first: where it cannot be written, no table seems done
+    done.write(new)
     one = done.numbers("combined")
     alone = int(np.isnan(one).sum())
     lines = [] if labelled is None else [f"{len(labelled)} of {labelled.given} labelled pairs have both pictures in the table"]

@@ -76,13 +76,17 @@ def fit_general(
     likelihood.
 
     The likelihood has more than one optimum in W; the search begins beside an order, with one v = (0, 1), and numbers drawn by
-    the seed. Raises DataError for fewer than one block or no pair.
+    the seed. Rows with a NaN, of pictures that lack a score, take no part. Raises DataError for fewer than one block, no pair,
+    and a pair of such a row.
     """
     if blocks < 1 or not len(label):
         raise DataError(f"a general preference model has {blocks} blocks and {len(label)} pairs; both must be at least 1.")
-    mean, scale = features.mean(0), features.std(0)
+    known = ~np.isnan(features).any(1)
+    if not (known[first] & known[second]).all():
+        raise DataError("a labelled pair has a picture without features; leave the pair out.")
+    mean, scale = features[known].mean(0), features[known].std(0)
     scale = np.where(scale > 0, scale, 1.0)
-    x = _with_constant((features - mean) / scale)
+    x = _with_constant(np.where(known[:, None], (features - mean) / scale, 0.0))
     start = 0.1 * np.random.default_rng(seed).normal(size=(2 * blocks, x.shape[1])) / np.sqrt(x.shape[1])
     start[1, -1] = 1.0
     free = np.ones_like(start)

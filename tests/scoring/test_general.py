@@ -12,7 +12,7 @@ from scipy.special import expit, logit
 from flowalign import runs
 from flowalign.errors import ConfigError, DataError
 from flowalign.scoring.calibrate import log_loss, logistic
-from flowalign.scoring.calibration import calibrate, read_calibration
+from flowalign.scoring.calibration import Calibration, calibrate, read_calibration
 from flowalign.scoring.general import General, fit_general, fit_held_out, pool_rates
 from flowalign.scoring.labelled import Labelled
 from flowalign.scoring.table import read_table
@@ -135,6 +135,39 @@ def test_a_table_gets_the_column_and_a_file_gives_it_again(tmp_path: Path) -> No
     base = table.select(range(0, 180, 2))
     against = found.apply(table, base=base).numbers("combined")
     assert against == pytest.approx(pool_rates(found.general, features, table.groups(), features[::2], base.groups()))
+
+
+def test_pictures_that_lack_a_score_take_no_part(tmp_path: Path) -> None:
+    """One picture that could not be read costs its own numbers only."""
+    table, labelled, _, _ = world(3)
+    whole = calibrate(table, labelled, general="scores")
+    lacking = {name: np.append(table.raw(name), np.nan if name == "rock" else 0.3) for name in table.rewards}
+    more = table_of([*map(str, table.texts("prompt")), "prompt 0"], lacking)
+    first, second = np.append(labelled.first, [0, 180]), np.append(labelled.second, [180, 1])
+    label, prompts = np.append(labelled.label, [1.0, 0.0]), (*labelled.prompts, "prompt 0", "prompt 0")
+    pairs = Labelled(first, second, label, prompts, len(label))
+    found = calibrate(more, pairs, general="scores")
+    assert found.general == whole.general
+    assert found.generalised == whole.generalised
+    found.write(tmp_path / "c.json")
+    rates = found.apply(more).numbers("general")
+    assert np.isnan(rates).tolist() == [False] * 180 + [True]
+    assert rates[:180] == pytest.approx(whole.apply(table).numbers("general"))
+    features = np.stack([more.oriented(name) for name in more.rewards], axis=1)
+    with pytest.raises(DataError, match="leave the pair out"):
+        fit_general(features, np.array([180]), np.array([0]), np.array([1.0]), source="x")
+
+
+def test_a_calibration_is_written_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world(4)[0].write(tmp_path / "scores.parquet")
+
+    def fail(*_: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(Calibration, "write", fail)
+    with pytest.raises(ValueError):
+        runs.calibrate(tmp_path / "scores.parquet")
+    assert not (tmp_path / "scores-calibrated.parquet").exists()
 
 
 def test_on_the_command_line_and_what_it_refuses(tmp_path: Path) -> None:
