@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -41,6 +41,17 @@ MOST = 8
 """Batches of known rows that wait for a batch to fill up."""
 HANDFUL = 8
 """Rows that a thread reads and prepares at a time, at most a batch."""
+
+
+class _Failure(NamedTuple):
+    """What of an error is kept: not the error, through whose frames all that the tower had computed would stay in memory."""
+
+    why: str
+    is_memory: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        return cls(said_by(error), isinstance(error, torch.OutOfMemoryError))
 
 
 class _Recent:
@@ -191,10 +202,13 @@ class Scorer:
     def _judge(self, backbone: Backbone, judges: Sequence[Reward], rows: Sequence[Scored]) -> None:
         """Score rows, or note why not. What fails for a batch is tried again row by row: one picture may have spoilt it."""
         backbone.forget()
+        failure = None
         try:
             features = backbone.see([row.inputs[backbone.key] for row in rows])
         except Exception as error:
-            self._failed(error, backbone, judges, rows)
+            failure = _Failure.of(error)
+        if failure is not None:  # out of the except block, which would hold the error
+            self._failed(failure, backbone, judges, rows)
             return
         for row in rows:
             row.forwards += 1
@@ -208,18 +222,19 @@ class Scorer:
                     scores = checked(reward, reward.judge(features, readable), prompts).tolist()
                     found.append((reward.card, {rows[place].name: scores[place] for place in lacking}))
                 except Exception as error:
-                    failures.append((error, reward, [rows[place] for place in lacking]))
+                    failures.append((_Failure.of(error), reward, [rows[place] for place in lacking]))
+        del features  # before some of it is computed again
         for (card, _), stand in zip(found, self.cache.add(found), strict=True):
             for row in rows:
                 if row.name in stand and row.lacks(card.name):
                     row.scores[card.name] = stand[row.name]
-        for error, reward, those in failures:
-            self._failed(error, backbone, [reward], those)
+        for failed, reward, those in failures:
+            self._failed(failed, backbone, [reward], those)
 
-    def _failed(self, error: Exception, backbone: Backbone, judges: Sequence[Reward], rows: Sequence[Scored]) -> None:
+    def _failed(self, failure: _Failure, backbone: Backbone, judges: Sequence[Reward], rows: Sequence[Scored]) -> None:
         if len(rows) == 1:
-            rows[0].why |= dict.fromkeys([each.card.name for each in judges if rows[0].lacks(each.card.name)], said_by(error))
-        elif isinstance(error, torch.OutOfMemoryError):  # no picture's fault
+            rows[0].why |= dict.fromkeys([each.card.name for each in judges if rows[0].lacks(each.card.name)], failure.why)
+        elif failure.is_memory:  # no picture's fault
             middle = len(rows) // 2
             for half in (rows[:middle], rows[middle:]):
                 self._judge(backbone, judges, half)

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,6 +107,31 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path: Path) -> None
     counts = score(open_items(folder_of(tmp_path / "p", 8, None)), scorer, tmp_path / "t.parquet", progress=False)
     assert (counts.scored, counts.failed, sizes) == (8, 0, [8, 4, 2, 2, 4, 2, 2])
     assert read_table(tmp_path / "t.parquet").raw("brightness").tolist() == pytest.approx([brightness(n) for n in range(8)])
+
+
+@pytest.mark.parametrize(("room", "most"), [(2, 8), (8, 2)])
+def test_nothing_of_a_batch_is_held_while_its_halves_are_tried(tmp_path: Path, room: int, most: int) -> None:
+    """The tower has room for the features of so many pictures in all, and the head judges so many at a time."""
+
+    class Crowded(Means):
+        def see(self, inputs: Sequence[Tensor]) -> Tensor:
+            features = super().see(inputs)
+            live.append(len(inputs))
+            weakref.finalize(features, live.remove, len(inputs))
+            if sum(live) > room:
+                raise torch.OutOfMemoryError("too much")
+            return features
+
+    class Heavy(Brightness):
+        def judge(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+            if len(prompts) > most:
+                raise torch.OutOfMemoryError("too much")
+            return super().judge(features, prompts)
+
+    live: list[int] = []
+    scorer = Scorer([Heavy(Crowded())], ScoreCache(tmp_path / "c"), batch_size=8)
+    counts = score(open_items(folder_of(tmp_path / "p", 8, None)), scorer, tmp_path / "t.parquet", progress=False)
+    assert (counts.scored, counts.failed) == (8, 0)
 
 
 def test_one_picture_under_several_prompts_is_seen_once_by_what_reads_none(tmp_path: Path) -> None:
