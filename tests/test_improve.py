@@ -276,6 +276,7 @@ def test_references_potential_replay_and_stored_noise(loop: Make, tmp_path: Path
         (["model=null"], "model.checkpoint is missing"),
         (["generator={url: 'http://a/v1', model: m}"], "generator is for fit=flow; weights can only be aligned"),
         (["flow.solve.steps=2"], "flow is for fit=flow"),
+        (["select.by=frs", "select.ties=keep"], "ties is given, which frs does not read"),
     ],
 )
 def test_what_does_not_go_together_is_refused(loop: Make, tmp_path: Path, overrides: list[str], part: str) -> None:

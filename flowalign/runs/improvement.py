@@ -21,7 +21,8 @@ from flowalign.report.improve import write_improve_page
 from flowalign.runs.flow_rounds import open_loop
 from flowalign.runs.folders import fresh
 from flowalign.runs.measured import measure, trained_on
-from flowalign.runs.rounds import Loop, ahead, draw_round, score_base, score_round, select_pairs, train_round
+from flowalign.runs.rounds import Loop, ahead, changed, draw_round, score_base, score_round, select_pairs, train_round
+from flowalign.runs.selection import check_options
 from flowalign.scoring.steered import STEERED
 from flowalign.train.rundir import RunDir
 
@@ -68,7 +69,7 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
         raise ConfigError(
             "switches.mask and switches.annotator_types read what only given comparisons have; set them to none and 1."
         )
-    _check_steer(config)
+    _check_picking(config)
     if run.config.is_file():
         free: dict[str, Any] = dict.fromkeys(LATER, True) | {"generator": ASKING}
         begun = configuration.load_tree(ImproveConfig, run.config)
@@ -94,10 +95,13 @@ def _check_rounds(config: ImproveConfig, before: int, run: RunDir) -> None:
         )
 
 
-def _check_steer(config: ImproveConfig) -> None:
-    """Raise ConfigError for what a steered loop cannot do, and would find when the base has drawn already, or pass over."""
+def _check_picking(config: ImproveConfig) -> None:
+    """Raise ConfigError for options that the way of picking does not read, and for what a steered loop cannot do, and would
+    find when the base has drawn already, or pass over.
+    """
     steer, select = config.steer, config.select
     if steer is None:
+        check_options(select.by, changed(select))
         return
     if steer.condition == "scores":
         raise ConfigError(

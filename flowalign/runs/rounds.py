@@ -29,14 +29,14 @@ from flowalign.data.readers import open_comparisons
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError
 from flowalign.files import text_lines, write_text
-from flowalign.improve_settings import ImproveConfig
+from flowalign.improve_settings import ImproveConfig, Select
 from flowalign.parent import end_with
 from flowalign.rng import key
 from flowalign.runs.calibration import calibrate
 from flowalign.runs.drawing import draw_and_keep, encoders
 from flowalign.runs.implicit import margins
 from flowalign.runs.scoring import score
-from flowalign.runs.selection import select
+from flowalign.runs.selection import READ_BY, select
 from flowalign.runs.training import align
 from flowalign.scoring.steered import STEERED, drawn_weights
 from flowalign.scoring.table import read_table
@@ -262,15 +262,9 @@ def select_pairs(loop: Loop, number: int) -> int:
         select(
             folder / "scores-calibrated.parquet",
             **own,
-            score=cfg.score,
+            **changed(cfg),
             out=pairs,
-            most=cfg.most,
-            least=cfg.least,
-            ties=cfg.ties,
-            tie_width=cfg.tie_width,
             weights=cfg.pair_weights,
-            temperature=cfg.temperature,
-            labels=cfg.labels,
             seed=lot,
         )
     ordered = pairs
@@ -298,6 +292,12 @@ def select_pairs(loop: Loop, number: int) -> int:
         before = [row for each in earlier for row in _rows(loop.round(each) / ordered.name)]
         write_comparisons(out, mixed(rows, before, replay.share, loop.config.draw.seed, number))
     return sum(1 for line in text_lines(out) if line)
+
+
+def changed(select: Select) -> dict[str, Any]:
+    """How pairs are picked, as far as that is not as usual."""
+    fields = {name: field.default for name, field in Select.model_fields.items() if name in READ_BY}
+    return {name: value for name, usual in fields.items() if (value := getattr(select, name)) != usual}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
 from flowalign.files import text_lines
-from flowalign.scoring.comparisons import TIES, prompted, rows_of
+from flowalign.scoring.comparisons import AMONG, TIES, prompted, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
-from flowalign.scoring.select import PICKERS, TEMPERATURE
+from flowalign.scoring.select import PICKERS
 from flowalign.scoring.steered import STEERED, steered
 from flowalign.scoring.table import ScoreTable, is_table, read_table
 
@@ -25,26 +25,40 @@ WEIGHTS = ("even", "histogram")
 RATIO = 0.4
 """Share of comparisons that orders keep unless told otherwise: Huang et al. 2025, 2503.01864."""
 
+_PICKED = (*PICKERS, "explicit")
+_BY_ONE_SCORE = tuple(name for name in _PICKED if name not in AMONG)
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    "score": _PICKED,
+    "most": _PICKED,
+    "least": (*_PICKED, STEERED),
+    "ties": _BY_ONE_SCORE,
+    "tie_width": _BY_ONE_SCORE,
+    "labels": (*_PICKED, STEERED),
+    "temperature": ("rso",),
+    **dict.fromkeys(("objectives", "alpha", "draws", "plan"), (STEERED,)),
+}
+"""Of options that not every way of picking from a table reads: the ways that do. Orders of comparisons read none of these."""
+
 
 def select(
     source: str | Path,
     *,
     by: str,
     out: Path,
-    score: str = "combined",
+    score: str | None = None,
     most: int | None = None,
     least: float | None = None,
-    ties: str = "drop",
-    tie_width: float = 0.0,
+    ties: str | None = None,
+    tie_width: float | None = None,
     weights: str = "even",
     ratio: float | None = None,
-    potential_weight: float = 1.0,
+    potential_weight: float | None = None,
     objectives: Sequence[str] = (),
-    alpha: float = 1.0,
-    draws: int = 4,
+    alpha: float | None = None,
+    draws: int | None = None,
     plan: Path | None = None,
-    temperature: float = TEMPERATURE,
-    labels: str = "votes",
+    temperature: float | None = None,
+    labels: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write comparisons that `align` reads: pairs of a score table, or the most telling ones of a file of comparisons.
@@ -54,10 +68,14 @@ def select(
     which weights, as improve writes it; or comparisons, and `by` one of `order.ORDERS`. score, most, least, ties, tie_width:
     see `scoring.comparisons.pick`. weights: "histogram" lets pairs with rare gaps count more. ratio: share of the comparisons
     that is kept, the first by the order; None is 0.4 where `by` is an order, else all. potential_weight: w of the alignment
-    potential. temperature: β of rso. labels: votes, or rates (`scoring.comparisons.select`), or mixture
-    (`scoring.steered.steered`). Raises UserError, and RunError where nothing is left.
+    potential, 1. temperature: β of rso, 0.5. labels: votes, or rates (`scoring.comparisons.select`), or mixture
+    (`scoring.steered.steered`). What is None is as those functions have it. Raises UserError, also for an option that the way
+    does not read, but for the seed, and RunError where nothing is left.
     """
-    for what, value, choices in (("by", by, BY), ("ties", ties, TIES), ("weights", weights, WEIGHTS)):
+    table_only = {"score": score, "most": most, "least": least, "ties": ties, "tie_width": tie_width, "labels": labels}
+    table_only |= {"objectives": objectives or None, "alpha": alpha, "draws": draws, "plan": plan, "temperature": temperature}
+    given = {name: value for name, value in table_only.items() if value is not None}
+    for what, value, choices in (("by", by, BY), ("ties", ties or TIES[0], TIES), ("weights", weights, WEIGHTS)):
         if value not in choices:
             raise ConfigError(f"{what} is {value!r}; {allowed(value, choices)}.")
     if ratio is not None and not 0 < ratio <= 1:
@@ -72,17 +90,16 @@ def select(
         whole, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
         table = prompted(whole)
         counts["without_prompt"] = len(whole) - len(table)
-        if temperature <= 0:
+        check_options(by, [*given, *([] if potential_weight is None else ["potential_weight"])])
+        if temperature is not None and temperature <= 0:
             raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
+            how = {name: value for name, value in given.items() if name not in ("objectives", "plan")}
             under = None if plan is None else _planned(plan, table)
-            how = {"alpha": alpha, "draws": draws, "under": under, "least": least, "labels": labels, "seed": seed}
-            found = steered(table, objectives, **how)  # type: ignore[arg-type]
+            found = steered(table, objectives, under=under, seed=seed, **how)  # type: ignore[arg-type]
             rows = rows_of(table, found, "combined" if "combined" in table.data.column_names else table.rewards[0])
         else:
-            how = {"least": least, "ties": ties, "tie_width": tie_width, "seed": seed}
-            how |= {"temperature": temperature, "labels": labels}
-            rows = select_pairs(table, picker, score=score, most=most, **how)  # type: ignore[arg-type]
+            rows = select_pairs(table, picker, seed=seed, **given)  # type: ignore[arg-type]
         if by == "explicit" or ratio is not None:
             gaps = np.array([row["margin"] for row in rows])
             rows = [rows[place] for place in order("explicit", gaps, gaps, [""] * len(rows))[: _count(ratio, len(rows))]]
@@ -93,7 +110,14 @@ def select(
                 f"by is {by!r}, which picks pairs from a score table, and {source} is none; give what flowalign calibrate "
                 f"wrote, or order comparisons by one of {', '.join(ORDERS)}."
             )
-        rows, counts = _ordered(source, by, ratio, potential_weight, seed)
+        if given:
+            raise ConfigError(
+                f"{_named(given)} given, which a score table's pairs are picked with, and {source} holds comparisons; leave "
+                "that out, or give it where the pairs are picked."
+            )
+        if potential_weight is not None and by != "potential":
+            raise ConfigError(f"potential_weight is given, which {by} does not read, only potential; leave it out.")
+        rows, counts = _ordered(source, by, ratio, 1.0 if potential_weight is None else potential_weight, seed)
         of = f"of {counts['given']} comparisons"
     if not rows:
         raise RunError(f"{by} selects nothing from {source}; lower the least gap, keep ties, or score more pictures a prompt.")
@@ -105,6 +129,24 @@ def select(
     bad += f"; {counts['without_prompt']} pictures without a prompt were left out" if counts.get("without_prompt") else ""
     said = f"{count} {of} of {prompts} prompts in {out}{bad}"
     return {"out": str(out), "count": count, "prompts": prompts, **counts, "summary": said}
+
+
+def check_options(by: str, given: Iterable[str]) -> None:
+    """Raises ConfigError for an option of a score table's that this way of picking does not read."""
+    given = tuple(given)
+    for name in given:
+        ways = READ_BY.get(name, ("potential",))
+        if by not in ways:
+            raise ConfigError(f"{name} is given, which {by} does not read, only {', '.join(ways)}; leave it out.")
+    if "plan" in given and (drawn := [name for name in ("alpha", "draws") if name in given]):
+        raise ConfigError(
+            f"{_named(drawn)} given beside a plan, which has the weights that alpha and draws draw; leave one out."
+        )
+
+
+def _named(options: Iterable[str]) -> str:
+    names = [*options]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _planned(path: Path, table: ScoreTable) -> list[Mapping[str, float]]:

@@ -56,7 +56,8 @@ def select(
     """Pairs of each prompt's pictures as rows of a comparison file, the better one first; arguments as in `pick`.
 
     Rows have the calibrated scores, `combined` among them where that orders, and the gap of the one score as their margin.
-    labels: votes, or rates: where scores are rates to win, the label is ½ + (P_w − P_l)/2, half the gap being `sppo`'s target.
+    labels: votes, or rates: where scores are rates to win, the label is ½ + (P_w − P_l)/2, half the gap being `sppo`'s target;
+    that of a tie stays ½.
     Raises DataError for what is not known and for pictures that a file cannot name.
     """
     if labels not in LABELS:
@@ -66,7 +67,9 @@ def select(
     if labels == "rates" and (wide := [each.gap for each in found if abs(each.gap) > 1]):
         raise DataError(f"labels by rates are of scores from 0 to 1, and {score} has a gap of {wide[0]:g}; calibrate first.")
     rows = rows_of(table, found, score)
-    return rows if labels == "votes" else [row | {"preference": 0.5 + 0.5 * row["margin"]} for row in rows]
+    if labels == "votes":
+        return rows
+    return [row if each.tie else row | {"preference": 0.5 + 0.5 * each.gap} for row, each in zip(rows, found, strict=True)]
 
 
 def prompted(table: ScoreTable) -> ScoreTable:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,6 +349,73 @@ def test_ties_and_weights_are_written(written: Path) -> None:
     assert weights == pytest.approx(histogram_weights(np.array([each.margin for each in found])).tolist())
 
 
+def test_a_tie_that_is_kept_stays_one_whatever_the_labels(tmp_path: Path) -> None:
+    table = calibrated([f"{tmp_path}/{number}.png" for number in range(9)])
+    table.having({"combined": [0.9, 0.8, 0.1, *[None] * 3, 0.5, 0.5, 0.4]}).write(tmp_path / "table.parquet")
+    out = tmp_path / "out.jsonl"
+    runs.select(tmp_path / "table.parquet", by="margin", out=out, least=0.0, ties="keep", tie_width=0.2, labels="rates")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["preference"] for row in rows] == pytest.approx([0.9, 0.85, 0.5, 0.5])
+
+
+def written_of(calls: Sequence[dict[str, object]], source: Path, out: Path) -> list[str]:
+    """What is written by each of these calls."""
+    found = []
+    for call in calls:
+        runs.select(source, out=out, **call)  # type: ignore[arg-type]
+        found.append(out.read_text())
+    return found
+
+
+GIVEN: dict[str, object] = {
+    "score": "combined",
+    "most": 2,
+    "least": 0.0,
+    "ties": "drop",
+    "tie_width": 0.0,
+    "labels": "votes",
+    "temperature": 0.5,
+    "objectives": ["match", "size"],
+    "alpha": 1.0,
+    "draws": 4,
+    "potential_weight": 1.0,
+}
+"""Every option that not all ways read, as it is unless told otherwise, but for most."""
+
+
+@pytest.mark.parametrize("by", [*PICKERS, "steered", "explicit"])
+def test_options_that_a_way_does_not_read_are_refused(written: Path, by: str) -> None:
+    source, out = written / "in" / "table.parquet", written / "out.jsonl"
+    steering, ties = {"objectives", "alpha", "draws"}, {"ties", "tie_width"}
+    refused = {"potential_weight"} | ({"score", "most"} | ties if by == "steered" else steering)
+    refused |= ({"temperature"} if by != "rso" else set()) | (ties if by in ("frs", "intersection", "majority") else set())
+    for name, value in GIVEN.items():
+        refusal = pytest.raises(ConfigError, match=f"{name} is given, which {by} does not read, only ")
+        with refusal if name in refused else nullcontext():
+            runs.select(source, by=by, out=out, **{name: value})  # type: ignore[arg-type]
+    usual = {name: value for name, value in GIVEN.items() if name not in {*refused, "most", "least"}}
+    plain, told = written_of([{"by": by}, {"by": by, **usual}], source, out)
+    assert plain == told  # what is not given is as usual
+
+
+@pytest.mark.parametrize("by", ["explicit", "implicit", "potential", "random"])
+def test_comparisons_are_picked_already(tmp_path: Path, by: str) -> None:
+    source, out = comparisons(tmp_path), tmp_path / "out.jsonl"
+    for name, value in (GIVEN | {"plan": tmp_path / "plan.jsonl"}).items():
+        if name == "potential_weight" and by == "potential":
+            plain, told = written_of([{"by": by}, {"by": by, name: value}], source, out)
+            assert plain == told
+            continue
+        with pytest.raises(ConfigError, match=f"{name} is given, which"):
+            runs.select(source, by=by, out=out, **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_plan_has_its_weights_already(written: Path) -> None:
+    how = {"by": "steered", "plan": written / "plan.jsonl", "out": written / "out.jsonl", "draws": 2}
+    with pytest.raises(ConfigError, match="draws is given beside a plan"):
+        runs.select(written / "in" / "table.parquet", **how)  # type: ignore[arg-type]
+
+
 def test_cells_of_parquet_are_named_and_members_of_archives_are_refused(tmp_path: Path) -> None:
     cells = [f"{tmp_path}/pictures.parquet#{row}:image" for row in range(9)]
     calibrated(cells).write(tmp_path / "table.parquet")
@@ -433,6 +501,8 @@ def test_bad_rows_are_counted(tmp_path: Path) -> None:
         ("table", ["--by", "best_worst", "--ratio", "2"], "ratio is 2.0; it is a share"),
         ("table", ["--by", "best_worst", "--score", "mach"], "did you mean 'match'"),
         ("none", ["--by", "frs"], "none.parquet is none"),
+        ("table", ["--by", "best_worst", "--temperature", "0.5"], "best_worst does not read, only rso"),
+        ("pairs", ["--by", "potential", "--ties", "keep"], "ties is given, which a score table's pairs are picked with"),
     ],
 )
 def test_mistakes_are_one_sentence(
