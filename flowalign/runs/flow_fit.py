@@ -149,10 +149,10 @@ def fit_field(
 ) -> dict[str, Any]:
     """Train a field, in place, on pairs in memory; `folder` becomes a run folder with its weights.
 
-    Raises ConfigError where the folder holds a run and `resume` is not set.
+    Raises ConfigError where the folder holds a run and `resume` is not set, or it has more steps than `cfg` says.
     """
     run = RunDir(Path(folder))
-    fresh(run, resume)
+    fresh(run, resume, cfg.steps)
     accelerator = open_accelerator(cfg, run.path)
 
     def batches(position: int) -> Iterator[Batch]:

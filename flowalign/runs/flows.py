@@ -43,10 +43,10 @@ def fit_flow(config: FlowConfig, *, resume: bool = False, progress: bool = True)
     """Fit a flow as `config` says; the run folder `config.output` holds the result.
 
     With `resume` a run that was stopped or killed goes on from its last saved state, and ends as if it never had been.
-    Raises ConfigError where the folder is in use and `resume` is not set.
+    Raises ConfigError where the folder is in use and `resume` is not set, or it has more steps than `config` says.
     """
     started, run = time.perf_counter(), RunDir(Path(config.output))
-    fresh(run, resume)
+    fresh(run, resume, config.train.steps)
     accelerator = open_accelerator(config.train, run.path)
     finished, seconds, parts = False, 0.0, None
     try:

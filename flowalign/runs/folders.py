@@ -20,7 +20,7 @@ from flowalign.report.improve import write_improve_page
 from flowalign.report.page import write_report
 from flowalign.settings import Config
 from flowalign.sources import cache_folder
-from flowalign.train.checkpoint import states
+from flowalign.train.checkpoint import states, step_of
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import kohya
 
@@ -28,9 +28,16 @@ IMPROVED = "improve.json"
 """What the folder of an improvement loop holds, and no other."""
 
 
-def fresh(run: RunDir, resume: bool) -> None:
-    """Raises ConfigError for a folder that is in use, unless the run in it is to go on."""
-    if (run.config.exists() or states(run.states)) and not resume:
+def fresh(run: RunDir, resume: bool, steps: int | None = None) -> None:
+    """Raises ConfigError for a folder that is in use, unless the run in it is to go on, and has no more steps than `steps`."""
+    saved = states(run.states)
+    if resume and saved and steps is not None and step_of(saved[-1]) > steps:
+        done = step_of(saved[-1])
+        raise ConfigError(
+            f"train.steps is {steps}, and {run.path} has trained {done} steps already, which are not taken back; set "
+            f"train.steps={done} to finish with what there is, more to go on, or give another folder with --output."
+        )
+    if (run.config.exists() or saved) and not resume:
         raise ConfigError(
             f"output {run.path} already holds a run; allowed: an empty folder; add --resume to continue that run, or give "
             "another folder with --output."

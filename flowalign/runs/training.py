@@ -42,12 +42,13 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
 
     With `resume` a run that was stopped or killed goes on from its last saved state, and ends as if it never had been.
     SIGINT and SIGTERM end it early after saving. Of several processes only the first writes, and has a summary.
-    Raises ConfigError where the folder is in use and `resume` is not set, PeerError where another process is gone.
+    Raises ConfigError where the folder is in use and `resume` is not set, or it has more steps than `config` says, PeerError
+    where another process is gone.
     """
     started = time.perf_counter()
     run = RunDir(Path(config.output))
     found = states(run.states)
-    fresh(run, resume)
+    fresh(run, resume, config.train.steps)
     accelerator = make_accelerator(config, run.path)
     try:
         with peers(accelerator.num_processes):

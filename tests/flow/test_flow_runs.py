@@ -103,6 +103,8 @@ def test_other_settings_do_not_resume(flow_settings: Make, tmp_path: Path) -> No
     before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(FlowalignError, match=r"belongs to a run with other settings: .*sigma"):
         runs.fit_flow(flow_settings(tmp_path / "run", "match.sigma=0.5", "train.steps=8"), resume=True, progress=False)
+    with pytest.raises(ConfigError, match=r"train\.steps is 3, and .* has trained 4 steps already"):
+        runs.fit_flow(flow_settings(tmp_path / "run", "train.steps=3"), resume=True, progress=False)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
@@ -275,5 +277,7 @@ def test_a_field_of_tensors_is_fitted_in_a_folder_and_resumes(tmp_path: Path) ->
     again = make_field(settings, 0)
     runs.fit_field(again, pairs, tmp_path / "half", cfg, Match(), held_out=pairs, resume=True, progress=False)
     assert same(tmp_path / "half", tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"train\.steps is 3, and .* has trained 6 steps already"):
+        runs.fit_field(again, pairs, tmp_path / "half", first, Match(), resume=True, progress=False)
     kept = load_field(tmp_path / "whole" / "weights")
     assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), whole.state_dict().values(), strict=True))

@@ -178,6 +178,7 @@ def test_a_half_written_state_is_passed_over(settings: Make, whole: Callable[...
         ("objective={name: ipo}", "objective.name was dpo and is ipo"),
         ("trainable.rank=8", "trainable.rank was 4 and is 8"),
         ("train.seed=3", "train.seed was 0 and is 3"),
+        ("train.steps=4", "train.steps is 4, and {run} has trained 6 steps already"),
     ],
 )
 def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
@@ -186,8 +187,29 @@ def test_a_resume_with_other_settings_is_refused_and_leaves_the_run_alone(
     shutil.copytree(whole("lora"), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert cli.main(["align", str(tmp_path / "run"), "--resume", "--set", change]) == 2
-    assert said in capsys.readouterr().err
+    assert said.format(run=tmp_path / "run") in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_stopped_run_is_finished_with_the_steps_that_it_has(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the refusal of fewer says; the weights are those of a run that was to have no more."""
+    record, stops = RunDir.record, iter([True])
+
+    def stop_once(self: RunDir, step: int, values: dict[str, float]) -> None:
+        record(self, step, values)
+        if step == 2 and next(stops, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunDir, "record", stop_once)
+    made = settings(tmp_path / "run", "train.steps=9")
+    assert runs.align(made, progress=False)["finished"] is False
+    enough = settings(tmp_path / "run", "train.steps=2")
+    assert runs.align(enough, resume=True, progress=False)["finished"] is True
+    runs.align(settings(tmp_path / "whole", "train.steps=2"), progress=False)
+    one, other = (tmp_path / name / "weights" / FILES["lora"] for name in ("run", "whole"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("timesteps", ["stratified", pytest.param("importance", marks=pytest.mark.slow)])
