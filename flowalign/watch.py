@@ -30,7 +30,7 @@ from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
 from flowalign.settings import Config, Users
 from flowalign.setup import Prepared
-from flowalign.train.checkpoint import State, go_back, save
+from flowalign.train.checkpoint import State, go_back, save, states
 from flowalign.train.loop import Verdict
 from flowalign.train.rundir import RunDir
 from flowalign.train.trainable import distance, export, trained
@@ -101,7 +101,8 @@ class Recorder:
     def judge(self, state: State, broken: bool) -> Verdict:
         """Ask the guard, and record it, lower the rate or go back to the good state as it says. Alike in all processes.
 
-        A rollback is written in an order that a kill at any point does not harm: a resume does the rest of it again.
+        A run that ends with something not finite goes back too: what it is may not be saved, so a whole state knows its end.
+        A way back is written in an order that a kill at any point does not harm: a resume does the rest of it again.
         """
         ready, run = self._ready, self._run
         verdict, events = self.guard.judge(state.step, state.rate, good=state.good is not None, broken=broken)
@@ -109,8 +110,11 @@ class Recorder:
             state.rate = event.rate
             if ready.ranks.main:
                 tqdm.write(f"guard: {sentence(event)}")
-        if verdict == "back":
+        broken = any(event.watch == "non_finite" for event in events)
+        if verdict == "back" or (verdict == "stop" and broken and states(run.states)):
             go_back(run.states, state, ready.about, ready.ranks)
+            if verdict == "stop":
+                self.guard.end()
         if ready.ranks.main:
             for event in events:
                 run.record(state.step, event.line())

@@ -110,6 +110,10 @@ class Guard:
         """Whether it ended this run, under a policy that does."""
         return self.settings.policy in RETURNING and bool(self._get("stopped"))
 
+    def end(self) -> None:
+        """Remember that it ended the run, where memory went back to before that."""
+        self._set("stopped", 1.0)
+
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Take note of one line of metrics, `train/…` or `eval/…`, means over all processes."""
         if not all(map(math.isfinite, values.values())):

@@ -84,14 +84,19 @@ def _scalars(state: State) -> dict[str, object]:
 
 
 def go_back(folder: Path, state: State, about: dict[str, object], ranks: Ranks) -> None:
-    """Restore the good state, but for the rate, and drop what was saved after it. Every process calls it."""
-    newer = [path for path in states(folder) if step_of(path) > (state.good or 0)]
+    """Restore the good state, or where none is the newest, but for the rate; drop what was saved after it.
+
+    Every process calls it.
+    """
+    saved = states(folder)
+    step = step_of(saved[-1]) if state.good is None else state.good
+    newer = [path for path in saved if step_of(path) > step]
     ranks.wait()  # until all have looked
     if ranks.main:
         for path in newer:
             _drop(path)
     rate = state.rate
-    load(folder / f"step-{state.good:08d}", state, about)
+    load(folder / f"step-{step:08d}", state, about)
     state.rate = rate
 
 

@@ -28,7 +28,8 @@ from flowalign.train.ranks import Ranks
 Step = Callable[[Batch, Keyed], tuple[Tensor, dict[str, Tensor]]]
 T = TypeVar("T")
 Verdict = Literal["on", "good", "back", "stop"]
-"""Go on; go on, and a state that is saved now is a good one; the state was taken back to an earlier step; end the run."""
+"""Go on; go on, and a state that is saved now is a good one; the state was taken back to an earlier step; end the run, as it is
+or as it was at the step that it was taken back to."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,15 @@ def fit(
             if validates and not broken:
                 aside(validate)  # before saving, so that a run resumed from here does not record it twice
             if logs or validates or saves:
+                reached = state.step
                 verdict = aside(partial(hooks.judge, broken is not None))
-                if verdict == "back":
-                    stream, bar.n = batches(state.step * per_step), state.step
+                if state.step < reached:
+                    stream, bar.n, broken = batches(state.step * per_step), state.step, None
                     sums, count, since, clock = {}, 0, 0.0, time.perf_counter()
-                    continue
                 if verdict == "stop":
                     break
+                if verdict == "back":
+                    continue
             if broken:
                 raise broken
             if samples and not ended:

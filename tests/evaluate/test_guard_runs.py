@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from flowalign import cli, config, runs, watch
 from flowalign.errors import CollapseError
 from flowalign.evaluate.guard import TIMES
 from flowalign.settings import Config
+from flowalign.setup import Prepared
 from flowalign.train.checkpoint import states
 from flowalign.train.rundir import RunDir
+from flowalign.train.trainable import trained
 from tests.train.test_resume import FILES, forks, free_port, metrics
 
 Make = Callable[..., Config]
@@ -207,6 +210,71 @@ def test_a_run_that_was_never_good_leaves_no_weights(settings: Make, tmp_path: P
     assert not (tmp_path / "run" / "weights").exists()
     assert "the run was ended; next time" in (tmp_path / "run" / "report.html").read_text()
     assert [path.name for path in states(tmp_path / "run" / "state")] == ["step-00000000", "step-00000004"]
+
+
+def broken_after(patch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Weights turn NaN when so many steps are finished; the numbers of all steps, as they are."""
+    call, done = Prepared.after, list[int]()
+
+    def after(self: Prepared, finished: int) -> None:
+        call(self, finished)
+        done.append(finished)
+        if finished == step:
+            next(iter(trained(self.policy).values())).data.fill_(math.nan)
+
+    patch.setattr(Prepared, "after", after)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("policy", "more", "seen"),
+    [
+        ("stop", ("train.log_every=1",), 3),  # in how far the weights are from their start
+        ("stop", ("train.log_every=2",), 4),  # in the loss
+        ("rollback", ("train.log_every=2", "guard.factor=0.05"), 4),  # another rate would be below the lowest
+    ],
+)
+def test_a_run_that_ended_broken_is_not_resumed_into_the_same(
+    settings: Make, tmp_path: Path, policy: str, more: tuple[str, ...], seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    more = ("train.steps=5", "train.save_every=2", *more)
+    done = broken_after(monkeypatch, 3)
+    said = rf"^the guard ended the run; weights of step 2, .*At step {seen} a metric became NaN .*guard\.policy=warn\.$"
+    with pytest.raises(CollapseError, match=said):
+        runs.align(settings(run, *more, f"guard.policy={policy}"), progress=False)
+    assert done[-1] == seen
+    saved = [load_file(path / "state.safetensors") for path in states(run / "state")]
+    assert [path.name for path in states(run / "state")] == ["step-00000000", "step-00000002"]
+    weights = load_file(run / "weights" / FILES["lora"])
+    assert all(tensor.isfinite().all() for each in (*saved, weights) for tensor in each.values())
+    (event,) = events(run)
+    assert (event["step"], event["guard/step"], event["guard/action"]) == (2, seen, "stop")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done.clear()
+    with pytest.raises(CollapseError, match=said):
+        runs.align(config.load(run / "config.yaml"), resume=True, progress=False)
+    assert done == []
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()  # what broke it was nothing of its own
+    assert runs.align(settings(run, *more, "guard.policy=warn"), resume=True, progress=False)["finished"]
+    runs.align(settings(tmp_path / "whole", *more), progress=False)
+    assert [line for line in metrics(run) if "guard/watch" not in line] == metrics(tmp_path / "whole")
+    ours, theirs = (folder / "weights" / FILES["lora"] for folder in (run, tmp_path / "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_run_without_a_good_state_ends_broken_as_the_newest_one(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    runs.align(settings(run, "train.steps=2"), progress=False)  # under `warn` none is good
+    done = broken_after(monkeypatch, 3)
+    for _ in range(2):
+        with pytest.raises(CollapseError, match=r"^the guard ended the run; .* At step 4 a metric became NaN"):
+            runs.align(settings(run, "train.steps=4", "train.log_every=2", "guard.policy=stop"), resume=True, progress=False)
+    assert done == [3, 4]
+    assert [path.name for path in states(run / "state")] == ["step-00000002"]
 
 
 @pytest.mark.slow
