@@ -186,6 +186,7 @@ def _steer(facts: Facts) -> Iterator[str]:
 def _users(facts: Facts) -> Iterator[str]:
     config, users = facts.config, facts.config.users
     reference, types, kind = config.reference.kind, config.switches.annotator_types, config.trainable.kind
+    like = "is like it" if reference == "start" else "follows it"
     if users is None:
         if kind == "none":
             yield "trainable.kind 'none' trains nothing of the denoiser, and there is no section users to learn; give one."
@@ -194,7 +195,7 @@ def _users(facts: Facts) -> Iterator[str]:
         yield "users.known and users.new go together: a run with users, and who is taken in; give both, or neither."
     refused = {
         "steer tells it something else": config.steer is not None,
-        f"reference.kind {reference!r} follows it, and it is held against a model that knows nobody": reference in MOVING,
+        f"reference.kind {reference!r} {like}, and it is held against a model that knows nobody": reference in BEGINNING,
         f"switches.annotator_types {types} trains several": types > 1,
         "train.compile compiles a denoiser that is called by itself": config.train.compile,
         f"trainable.kind {kind!r} changes the run that users.known names": users.known is not None and kind != "none",

@@ -26,7 +26,8 @@ def adapt(
 ) -> dict[str, Any]:
     """Learn the embedding of one more user from a few comparisons, everything else of the run as it is (PPD, 2501.06655).
 
-    The embedding starts as the mean of those of the known users and is trained as they were, against the model without any.
+    The embedding starts as the mean of those of the known users and is trained as they were, against the model without any,
+    at a constant rate and without an average of the weights: in so few steps that would stay where it started.
     pairs: comparisons that the user judged. out: a run folder that knows this user besides those of `run`. overrides: settings,
     as "a.b=c". Returns what `align` does. Raises ConfigError and CheckpointError.
     """
@@ -43,10 +44,13 @@ def adapt(
         "data.limit": None,
         "users": {"tokens": known.users.tokens, "dropout": 0.0, "known": str(run), "new": user},
         "trainable.kind": "none",
+        "trainable.start": None,  # what came of it is in the known run's own weights
         "train.steps": steps,
         "train.learning_rate": learning_rate,
         "train.batch_size": min(known.train.batch_size, 4),
         "train.warmup_steps": 0,
+        "train.schedule": "constant",
+        "train.ema": None,
         "train.weight_decay": 0.0,
         "train.caption_dropout": 0.0,
         "output": str(out),

@@ -258,6 +258,26 @@ def test_a_lora_beside_the_users_is_kept_when_one_is_taken_in(
     assert np.array_equal(*map(np.asarray, pictures))
 
 
+def test_a_new_user_inherits_no_average_no_schedule_and_no_start(
+    settings: Callable[..., Config], tastes: dict[str, Path], data: Any, tmp_path: Path
+) -> None:
+    """Of so few steps a slow average would keep next to nothing, and a run that starts from adapters trains adapters."""
+    runs.align(settings(tmp_path / "first", *data, "train.steps=1"), progress=False)
+    begun = (f"trainable.start={tmp_path / 'first'}", "train.ema=0.9999", "train.schedule=linear")
+    runs.align(settings(tmp_path / "run", USED[0], *data, *begun, "train.steps=1"), progress=False)
+    eve = str(tastes["eve"])
+    runs.adapt(tmp_path / "run", eve, "eve", tmp_path / "run2", steps=3, learning_rate=0.2, progress=False)
+    embeddings = load_file(tmp_path / "run2" / "weights" / USERS)["embeddings"]
+    moved = (embeddings[2] - embeddings[:2].mean(0)).abs()
+    assert 0.19 < moved.max() <= 3 * 0.2 + 1e-4  # the first step of AdamW is as long as the rate
+    lines = [json.loads(line) for line in (tmp_path / "run2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/lr"] for line in lines if "train/lr" in line] == [0.2, 0.2, 0.2]
+    kept = ["train.ema=0.5", "train.schedule=cosine"]
+    runs.adapt(tmp_path / "run", eve, "eve", tmp_path / "run3", steps=1, overrides=kept, progress=False)
+    train = load(tmp_path / "run3" / "config.yaml", []).train
+    assert (train.ema, train.schedule) == (0.5, "cosine")
+
+
 def test_a_resumed_run_ends_as_if_it_never_had_stopped(settings: Callable[..., Config], data: Any, tmp_path: Path) -> None:
     for folder, parts in (("whole", (4,)), ("parts", (2, 4))):
         for steps in parts:
@@ -302,6 +322,7 @@ def test_what_does_not_go_together_is_one_sentence(prepared: Make, data: Any) ->
     assert "nothing of the denoiser" in refused(users=None)
     assert "go together" in refused(users={"new": "eve"})
     assert "follows it" in refused(reference={"kind": "ema"}, trainable={"kind": "lora"})
+    assert "is like it" in refused(reference={"kind": "start"}, trainable={"kind": "lora", "start": "runs/earlier"})
     assert "leaves out 'bob'" in refused(users={"names": ("ann",)})
     assert "names 'bob' more than once" in refused(users={"names": ("bob", "ann", "bob")})
     assert "compiles" in refused(train={"compile": True})
