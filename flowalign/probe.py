@@ -86,7 +86,10 @@ def _train(ready: Prepared, folder: Path, progress: bool) -> None:
 
 @torch.no_grad()
 def _margins(ready: Prepared) -> Tensor:
-    """Δ of every comparison that is no tie, in the direction of its vote, float64 on the CPU; alike in every process."""
+    """Δ of every comparison that is no tie, in the direction of its vote, float64 on the CPU; alike in every process.
+
+    Of a picture that was judged alone it is h, which rises where the picture is wanted and falls where it is not.
+    """
     ready.model.eval()
     cfg, found = ready.config.train, []
     if ready.held_out is None:
@@ -98,7 +101,8 @@ def _margins(ready: Prepared) -> Tensor:
     for batch in batches:
         terms = step.terms(batch, rng)
         towards = (2 * terms.preference - 1).sign()
-        found.append((terms.margin * towards)[towards != 0])
+        margin = terms.log_ratio[:, 0] if terms.policy_error.shape[1] == 1 else terms.margin
+        found.append((margin * towards)[towards != 0])
     margins = torch.cat(found).double()
     if ready.held_out is None:  # every process has batches of its own
         return torch.tensor(list(chain.from_iterable(ready.ranks.gather(margins.tolist()))), dtype=torch.float64)
@@ -165,7 +169,8 @@ def resolved(config: Config, accelerator: Accelerator, run: RunDir, *, progress:
     if config.objective.knobs.get("beta") != AUTO:
         return config
     if run.config.exists():
-        beta = configuration.load(run.config).objective.knobs["beta"]
+        begun = load_objective(configuration.load(run.config))[1]  # of another objective it is refused with the saved state
+        beta = begun.get("beta", load_objective(config)[1]["beta"])
     else:
         found = suggest(config, accelerator, target=config.switches.target_factor, progress=progress)
         beta = rounded(found["beta"])

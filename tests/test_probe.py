@@ -14,9 +14,11 @@ import torch
 from flowalign import config as configuration
 from flowalign import probe, runs
 from flowalign.cli import main
-from flowalign.errors import ConfigError, RunError
+from flowalign.errors import CheckpointError, ConfigError, RunError
 from flowalign.plan.predict import predict
 from flowalign.settings import Config
+from flowalign.setup import Prepared, load_objective
+from flowalign.train.trainable import trained
 
 Make = Callable[..., Config]
 LEARNS = ("trainable.kind=full", "train.learning_rate=1e-3", "train.steps=3", "train.batch_size=6")
@@ -61,6 +63,37 @@ def test_the_command_prints_a_table_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_pictures_that_were_judged_alone_are_probed_by_their_labels(
+    settings: Make, prepared: Callable[..., Prepared], votes: Path, tmp_path: Path
+) -> None:
+    """h of those wanted, −h of the others: turned around where the labels are."""
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    for name, wanted in (("right", ("chosen",)), ("wrong", ("rejected",)), ("all", ("chosen", "rejected"))):
+        alone = [
+            {"prompt": row["prompt"], "image": str(votes.parent / row[side]), "label": side in wanted}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+
+    def kto(name: str) -> tuple[str, ...]:
+        path = tmp_path / f"{name}.jsonl"
+        return ("objective={name: kto, beta: 500.0}", f"data.train={path}", f"data.validation={path}", *LEARNS)
+
+    found = runs.suggest_beta(settings(tmp_path / "run", *kto("all")), steps=20, target=0.45, progress=False)
+    assert found["table"][2]["factor"] == pytest.approx(0.45, abs=1e-6)
+    assert found["margin"]["mean"] > 0
+    margins = []
+    for name in ("right", "wrong"):
+        ready = prepared(*kto(name))
+        with torch.no_grad():
+            for parameter in trained(ready.policy).values():
+                parameter *= 1.05
+        margins.append(probe._margins(ready))
+    assert margins[0].abs().min() > 0
+    assert torch.equal(margins[0], -margins[1])
+
+
 def test_auto_is_found_once_and_a_resumed_run_keeps_it(settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "suggest", partial(probe.suggest, steps=20))
     auto = ("objective.beta=auto", "switches.target_factor=0.45", *LEARNS)
@@ -78,6 +111,23 @@ def test_auto_is_found_once_and_a_resumed_run_keeps_it(settings: Make, tmp_path:
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
     losses = [[row["train/loss"] for row in map(json.loads, each) if "train/loss" in row] for each in lines]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("began", ["objective={name: dpo}", "objective={name: dpo, beta: 700.0}"])
+def test_a_run_that_began_with_a_beta_goes_on_with_it(settings: Make, tmp_path: Path, began: str) -> None:
+    """The default one is written nowhere."""
+    runs.align(settings(tmp_path / "run", began, *LEARNS, "train.steps=2"), progress=False)
+    auto = ("objective={name: dpo, beta: auto}", *LEARNS)
+    assert runs.align(settings(tmp_path / "run", *auto), resume=True, progress=False)["finished"]
+    kept = load_objective(configuration.load(tmp_path / "run" / "config.yaml"))[1]["beta"]
+    assert kept == load_objective(settings(tmp_path, began))[1]["beta"]
+    assert not (tmp_path / "run" / "beta.json").exists()
+
+
+def test_auto_does_not_go_on_with_another_objective(settings: Make, tmp_path: Path) -> None:
+    runs.align(settings(tmp_path / "run", "objective={name: ipo}", *LEARNS, "train.steps=2"), progress=False)
+    with pytest.raises(CheckpointError, match=r"objective\.name was ipo and is dpo"):
+        runs.align(settings(tmp_path / "run", "objective={name: dpo, beta: auto}", *LEARNS), resume=True, progress=False)
 
 
 def test_a_plan_does_without_the_probe(settings: Make, tmp_path: Path) -> None:
