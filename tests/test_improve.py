@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +22,8 @@ from safetensors.torch import load_file
 from flowalign import cli, config, runs
 from flowalign.data.pairs import sequential
 from flowalign.device import make_accelerator
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
+from flowalign.evaluate.hacking import Signal
 from flowalign.improve_settings import Calibrate, ImproveConfig, Select
 from flowalign.runs.rounds import Loop, ahead
 from flowalign.scoring.combine import WAYS
@@ -195,7 +199,7 @@ def test_a_folder_in_use_is_refused(whole: Path, loop: Make) -> None:
 
 
 def verb_module() -> Any:
-    return sys.modules["flowalign.runs.improvement"]
+    return import_module("flowalign.runs.improvement")
 
 
 def killed_at_many_instants(settings: ImproveConfig, path: Path) -> int:
@@ -330,6 +334,31 @@ def test_an_alarm_ends_the_loop_and_the_round_before_is_kept(
     assert (tmp_path / "run" / "weights" / LORA).read_bytes() == first.read_bytes()
     assert "The loop was stopped." in (tmp_path / "run" / "report.html").read_text()
     assert runs.report(tmp_path / "run")["report"].endswith("report.html")
+
+
+def test_under_warn_a_round_with_an_alarm_counts_whatever_ends_the_loop(
+    whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best round has an alarm, and the one after it selects nothing."""
+    real, select = verb_module()._evaluated, verb_module().select_pairs
+
+    def evaluated(*args: Any) -> dict[str, Any]:
+        found = real(*args)
+        found["combined"]["value"] = float(found["round"])
+        return found | {"signs": [asdict(Signal("collapse", True, "It collapses.", {}))] if found["round"] == 2 else []}
+
+    def nothing(of: Loop, number: int) -> int:
+        if number == 2:
+            raise RunError("all are tied.")
+        return select(of, number)
+
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(verb_module(), "_evaluated", evaluated)
+    monkeypatch.setattr(verb_module(), "select_pairs", nothing)
+    result = runs.improve(loop(tmp_path / "run", "rounds=3"), resume=True, progress=False)
+    assert (result["best"], result["stopped"]) == (2, "Round 3 selects no comparisons: all are tied.")
+    second = tmp_path / "run" / "rounds" / "01" / "align" / "weights" / LORA
+    assert (tmp_path / "run" / "weights" / LORA).read_bytes() == second.read_bytes()
 
 
 def test_every_picker_order_and_way_to_combine_can_be_named() -> None:

@@ -173,7 +173,7 @@ def _rounds(loop: Loop, weights: Mapping[str, float]) -> tuple[bool, str | None,
         if stopped is not None:
             break
     _write(loop, rounds, weights, stopped, history[0])
-    _keep_best(loop, rounds, stopped)
+    _keep_best(loop, rounds)
     return True, stopped, rounds
 
 
@@ -202,9 +202,9 @@ def _alarm(loop: Loop, number: int, found: Mapping[str, Any]) -> str | None:
     return f"Round {number + 1}: {alarms[0]}" if alarms and loop.config.hacking.policy == "stop" else None
 
 
-def _kept(loop: Loop, rounds: Sequence[Mapping[str, Any]], stopped: str | None) -> int | None:
-    """Place of the best round of those that count: not of one whose alarm ended the loop."""
-    alarmed = stopped is not None and rounds and any(sign["alarm"] for sign in rounds[-1]["signs"])
+def _kept(loop: Loop, rounds: Sequence[Mapping[str, Any]]) -> int | None:
+    """Place of the best round of those that count: not of one whose alarm ended the loop, which an alarm does under `stop`."""
+    alarmed = loop.config.hacking.policy == "stop" and rounds and any(sign["alarm"] for sign in rounds[-1]["signs"])
     return best_of(rounds[:-1] if alarmed else rounds, loop.config.best)
 
 
@@ -212,7 +212,7 @@ def _write(
     loop: Loop, rounds: Sequence[Mapping[str, Any]], weights: Mapping[str, float], stopped: str | None, base: Measured
 ) -> None:
     """`improve.json` and the page, after every round."""
-    best = _kept(loop, rounds, stopped)
+    best = _kept(loop, rounds)
     about = {
         "rounds": list(rounds),
         "best": None if best is None else rounds[best]["round"],
@@ -230,8 +230,8 @@ def _write(
     write_improve_page(loop.folder)
 
 
-def _keep_best(loop: Loop, rounds: Sequence[Mapping[str, Any]], stopped: str | None) -> None:
-    best = _kept(loop, rounds, stopped)
+def _keep_best(loop: Loop, rounds: Sequence[Mapping[str, Any]]) -> None:
+    best = _kept(loop, rounds)
     target = loop.folder / "weights"
     if best is None:
         shutil.rmtree(target, ignore_errors=True)
