@@ -22,14 +22,15 @@ from safetensors.torch import load_file
 from flowalign import cli, config, runs
 from flowalign.data.pairs import sequential
 from flowalign.device import make_accelerator
-from flowalign.errors import ConfigError, RunError
+from flowalign.errors import CollapseError, ConfigError, NonFiniteError, RunError
 from flowalign.evaluate.hacking import Signal
 from flowalign.improve_settings import Calibrate, ImproveConfig, Select
 from flowalign.runs.rounds import Loop, ahead
 from flowalign.scoring.combine import WAYS
 from flowalign.scoring.order import ORDERS
 from flowalign.scoring.select import PICKERS
-from flowalign.setup import prepare
+from flowalign.setup import Prepared, prepare
+from flowalign.train.trainable import trained
 
 LORA = "pytorch_lora_weights.safetensors"
 LEFT = (LORA, "field.safetensors", "chain.json", "pairs.jsonl", "comparisons.jsonl", "plan.jsonl")
@@ -359,6 +360,55 @@ def test_under_warn_a_round_with_an_alarm_counts_whatever_ends_the_loop(
     assert (result["best"], result["stopped"]) == (2, "Round 3 selects no comparisons: all are tied.")
     second = tmp_path / "run" / "rounds" / "01" / "align" / "weights" / LORA
     assert (tmp_path / "run" / "weights" / LORA).read_bytes() == second.read_bytes()
+
+
+def test_a_round_that_breaks_ends_the_loop_and_what_it_says_helps(
+    whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, after = tmp_path / "run", Prepared.after
+    shutil.copytree(whole, run)
+    for name in ("align", "align.json", "evaluation", "evaluation.json"):
+        path = run / "rounds" / "01" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def breaking(self: Prepared, step: int) -> None:
+        after(self, step)
+        next(iter(trained(self.policy).values())).data.fill_(float("nan"))
+
+    monkeypatch.setattr(Prepared, "after", breaking)
+    result = runs.improve(loop(run), resume=True, progress=False)
+    assert result["finished"]
+    assert (len(result["rounds"]), result["best"]) == (1, 1)
+    assert result["stopped"].startswith("Round 2 could not be trained: ")
+    assert "became NaN" in result["stopped"]
+    assert "lower train.learning_rate" in result["stopped"]
+    first = run / "rounds" / "00" / "align" / "weights" / LORA
+    assert (run / "weights" / LORA).read_bytes() == first.read_bytes()
+    ended = runs.improve(loop(run, "guard.policy=stop"), resume=True, progress=False)
+    assert ended["stopped"].startswith("Round 2 collapsed: the guard ended the run")
+    assert ended["best"] == 1
+    monkeypatch.undo()
+    (run / "improve.yaml").write_text(config.dump(loop(run)))
+    command = ["improve", str(run / "improve.yaml"), "--resume", "--set"]
+    assert cli.main([*command, "train.precision=bf16"]) == 2
+    assert "goes on with the settings it has, but for best, flow, guard," in capsys.readouterr().err
+    assert cli.main([*command, "guard.policy=warn", "train.learning_rate=1e-4"]) == 0
+    about = json.loads((run / "improve.json").read_text())
+    assert (len(about["rounds"]), about["stopped"]) == (2, None)
+    assert config.load(run / "rounds" / "01" / "align" / "config.yaml").train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("error", [CollapseError, NonFiniteError])
+def test_a_first_round_that_breaks_is_an_error(
+    whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[RunError]
+) -> None:
+    def breaking(*_: Any) -> None:
+        raise error("It broke.")
+
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(verb_module(), "train_round", breaking)
+    with pytest.raises(error, match=r"^It broke\.$"):
+        runs.improve(loop(tmp_path / "run"), resume=True, progress=False)
 
 
 def test_every_picker_order_and_way_to_combine_can_be_named() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from flowalign import config as configuration
 from flowalign.align.reference import BEGINNING
 from flowalign.device import choose_device
-from flowalign.errors import CollapseError, ConfigError, RunError
+from flowalign.errors import CollapseError, ConfigError, NonFiniteError, RunError
 from flowalign.evaluate.rounds import Measured, best_of, signs, told
 from flowalign.files import atomic_folder, write_text
 from flowalign.improve_settings import Calibrate, Generator, ImproveConfig, Select
@@ -26,8 +26,9 @@ from flowalign.runs.selection import check_options
 from flowalign.scoring.steered import STEERED
 from flowalign.train.rundir import RunDir
 
-LATER = {"rounds", "hacking", "best", "output", "flow"}
-"""Settings that a run may go on with other values of: they change no round that is finished."""
+LATER = ("best", "flow", "guard", "hacking", "rounds", "train.learning_rate")
+"""Settings that a run may go on with other values of, beside `output`: they change no round that is finished, and are what a
+round that went wrong asks for."""
 ASKING = set(Generator.model_fields) - {"url", "model", "size", "seed_field"}
 """The same of `generator`: how it is asked, not what."""
 LEARNING = {"weights": "align on", "flow": "fit a flow to"}
@@ -39,7 +40,7 @@ def improve(config: ImproveConfig, *, resume: bool = False, progress: bool = Tru
 
     Stages meet at files, see `runs.rounds`: with `resume` what is there is kept, and the rest made as if it had never stopped.
     Raises ConfigError for a folder in use, settings that do not go together, and other settings than those of the run to go on
-    with; RunError where nothing can be selected.
+    with; RunError where nothing can be selected, or trained, in the first round: a later one ends the loop.
     """
     started, run = time.perf_counter(), RunDir(Path(config.output))
     fresh(run, resume)
@@ -71,14 +72,15 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
         )
     _check_picking(config)
     if run.config.is_file():
-        free: dict[str, Any] = dict.fromkeys(LATER, True) | {"generator": ASKING}
+        free: dict[str, Any] = {"output": True, "generator": ASKING}
+        free |= {section: {name} if name else True for section, _, name in (each.partition(".") for each in LATER)}
         begun = configuration.load_tree(ImproveConfig, run.config)
         old, new = begun.model_dump(mode="json", exclude=free), config.model_dump(mode="json", exclude=free)
         different = [name for name in new if new[name] != old[name]]
         if different:
             raise ConfigError(
                 f"{run.path} was begun with another {' and '.join(different)}; a loop goes on with the settings it has, but "
-                f"for {', '.join(sorted(LATER - {'output'}))}, so give another folder with --output."
+                f"for {', '.join(LATER)}, so give another folder with --output."
             )
         _check_rounds(config, begun.rounds, run)
     return trained_on(config)
@@ -157,8 +159,11 @@ def _rounds(loop: Loop, weights: Mapping[str, float]) -> tuple[bool, str | None,
         other = ahead(loop, number + 1)
         try:
             result = train_round(loop, number)
-        except CollapseError as error:
-            stopped = f"Round {number + 1} collapsed: {error}"
+        except (CollapseError, NonFiniteError) as error:
+            if not rounds:
+                raise
+            what = "collapsed" if isinstance(error, CollapseError) else "could not be trained"
+            stopped = f"Round {number + 1} {what}: {error}"
             break
         finally:
             if other is not None:

@@ -306,7 +306,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def train_round(loop: Loop, number: int) -> dict[str, Any]:
-    """The result of training; `finished` is False where a signal stopped it. Raises CollapseError."""
+    """The result of training; `finished` is False where a signal stopped it. Raises what training does."""
     path = loop.learned(number).with_suffix(".json")
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
