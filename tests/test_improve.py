@@ -25,12 +25,13 @@ from flowalign.device import make_accelerator
 from flowalign.errors import CollapseError, ConfigError, NonFiniteError, RunError
 from flowalign.evaluate.hacking import Signal
 from flowalign.improve_settings import Calibrate, ImproveConfig, Select
-from flowalign.runs.rounds import Loop, ahead
+from flowalign.runs.rounds import Loop, ahead, select_pairs
 from flowalign.scoring.combine import WAYS
 from flowalign.scoring.order import ORDERS
 from flowalign.scoring.select import PICKERS
 from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
+from tests.conftest import schedulers, tiny_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"
 LEFT = (LORA, "field.safetensors", "chain.json", "pairs.jsonl", "comparisons.jsonl", "plan.jsonl")
@@ -267,6 +268,36 @@ def test_references_potential_replay_and_stored_noise(loop: Make, tmp_path: Path
     settings = config.load(run / "rounds" / "01" / "align" / "config.yaml")
     assert settings.reference.kind == "start"
     assert config.load(run / "rounds" / "00" / "align" / "config.yaml").reference.kind == "auto"
+
+
+def test_a_variant_is_the_models_and_not_what_a_round_wrote(loop: Make, tmp_path: Path) -> None:
+    """The model's folder has nothing but the variant; the margins are asked of it, and round 1 writes whole weights."""
+    model = tmp_path / "half"
+    tiny_pipeline("epsilon", schedulers()["epsilon"]).save_pretrained(model, variant="fp16")
+    given = (f"model={{checkpoint: {model}, variant: fp16}}", "trainable={kind: full}", "rounds=1", "train.steps=1")
+    asked = ("select.by=margin", "select.least=0", "select.order=implicit", "select.draws=2")
+    result = runs.improve(loop(tmp_path / "run", *given, *asked), progress=False)
+    assert (result["finished"], result["best"]) == (True, 1)
+    assert (tmp_path / "run" / "rounds" / "00" / "pairs-with-margins.jsonl").is_file()
+    assert runs.generate(str(tmp_path / "run"), ["a"], steps=1, out=tmp_path / "out", progress=False)["pictures"] == 1
+
+
+def test_a_revision_is_asked_for_margins_too(whole: Path, loop: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a hub id; a run folder is opened as it is, and says itself what its base is."""
+    shutil.copytree(whole, tmp_path / "run")
+    for number in ("00", "01"):
+        (tmp_path / "run" / "rounds" / number / "comparisons.jsonl").unlink()
+    made, opened = Loop(loop(tmp_path / "run", "model.revision=v2", "select.order=implicit")), []
+
+    def opening(checkpoint: str, **how: Any) -> None:
+        opened.append((checkpoint, how.get("revision")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("flowalign.runs.implicit"), "open_family", opening)
+    for number in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            select_pairs(made, number)
+    assert opened == [(made.model.checkpoint, "v2"), (str(tmp_path / "run" / "rounds" / "00" / "align"), None)]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,7 @@ def _open(loop: Loop, source: str) -> Family:
         source,
         dtype=PRECISIONS[loop.config.draw.precision],
         device=choose_device(loop.device),
-        revision=loop.model.revision,
-        variant=loop.model.variant,
+        **loop.version(source),
     )
 
 

@@ -35,6 +35,8 @@ def margins(
     source: str,
     *,
     out: Path,
+    revision: str | None = None,
+    variant: str | None = None,
     draws: int = 32,
     seed: int = 0,
     resolution: int | None = None,
@@ -49,9 +51,9 @@ def margins(
 ) -> dict[str, Any]:
     """Write the comparisons with a column `implicit_margin`, l_chosen − l_rejected of the model, see `align.margins`.
 
-    checkpoint: what generates, or a run folder, whose LoRA is applied. draws: of the panel that all comparisons share.
-    resolution: by default the checkpoint's own. What was found out is kept beside `out` until that is whole, so a run that was
-    killed goes on; rows that cannot be used are left out and counted. Raises UserError.
+    checkpoint: what generates, of a revision and variant, or a run folder, whose LoRA is applied. draws: of the panel that all
+    comparisons share. resolution: by default the checkpoint's own. What was found out is kept beside `out` until that is whole,
+    so a run that was killed goes on; rows that cannot be used are left out and counted. Raises UserError.
     """
     comparisons = open_comparisons(source, format=format, split=split, limit=limit)
     for place in range(len(comparisons)):  # what cannot be named is refused before anything is computed
@@ -63,7 +65,8 @@ def margins(
         if len(comparison.images) < 2:
             raise DataError(f"{source} holds pictures that were judged alone, which have no margin; give pairs or groups.")
         break
-    family = open_family(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device))
+    how = {"revision": revision, "variant": variant}
+    family = open_family(checkpoint, dtype=PRECISIONS[precision], device=choose_device(device), **how)
     side, panel = resolution or family.resolution, Panel(draws, seed)
     prints = {part: family.fingerprint(part) for part in ("denoiser", "images", "prompts")}
     store = LatentCache(cache_folder(cache), prints["images"], prints["prompts"], resolution=side, checkpoint=checkpoint)

@@ -119,6 +119,11 @@ class Loop:
         """What generates after so many finished rounds."""
         return str(self.learned(finished - 1)) if finished > 0 else self.model.checkpoint
 
+    def version(self, source: str) -> dict[str, str | None]:
+        """Which revision and variant of a policy's files to open: what a round wrote has one, and knows its base's."""
+        model = self.model
+        return {"revision": model.revision, "variant": model.variant} if source == model.checkpoint else {}
+
     def learned(self, number: int) -> Path:
         """The run folder of what learned in a round."""
         return self.round(number) / "align"
@@ -273,11 +278,12 @@ def select_pairs(loop: Loop, number: int) -> int:
         if not ordered.is_file():
             source = pairs if cfg.order in ("explicit", "random") else folder / "pairs-with-margins.jsonl"
             if not source.is_file():
-                train = loop.config.train
+                train, policy = loop.config.train, loop.policy(number)
                 margins(
-                    loop.policy(number),
+                    policy,
                     str(pairs),
                     out=source,
+                    **loop.version(policy),
                     draws=cfg.draws,
                     resolution=loop.config.draw.resolution,
                     precision=train.precision,
