@@ -55,5 +55,7 @@ def adapt(
         "train.caption_dropout": 0.0,
         "output": str(out),
     }
+    if known.trainable.kind == "full":  # the model that was learned, not the one that it began as
+        settings |= {"model.checkpoint": str(Path(run) / "weights"), "model.revision": None, "model.variant": None}
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     return align(configuration.load(path, [*given, *overrides]), resume=resume, progress=progress)

@@ -243,16 +243,20 @@ def test_one_more_user_is_taken_in_and_nothing_else_changes(run: Path, tastes: d
         runs.adapt(run, str(tastes["eve"]), "ann", tmp_path / "run4", progress=False)
 
 
-def test_a_lora_beside_the_users_is_kept_when_one_is_taken_in(
-    settings: Callable[..., Config], tastes: dict[str, Path], data: Any, tmp_path: Path
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_the_denoiser_learned_is_kept_when_a_user_is_taken_in(
+    settings: Callable[..., Config], tastes: dict[str, Path], data: Any, tmp_path: Path, kind: str
 ) -> None:
-    runs.align(settings(tmp_path / "run", USED[0], *data, "train.steps=2", "sample.prompts=[a thing]"), progress=False)
+    trained = ("train.steps=2", f"trainable.kind={kind}", "train.learning_rate=0.01", "sample.prompts=[a thing]")
+    runs.align(settings(tmp_path / "run", USED[0], *data, *trained), progress=False)
     runs.adapt(tmp_path / "run", str(tastes["eve"]), "eve", tmp_path / "run2", steps=1, progress=False)
-    lora = "pytorch_lora_weights.safetensors"
-    assert (tmp_path / "run" / "weights" / lora).read_bytes() == (tmp_path / "run2" / "weights" / lora).read_bytes()
-    pipeline = open_checkpoint(str(tmp_path / "run2"))
+    loras = [tmp_path / run / "weights" / "pytorch_lora_weights.safetensors" for run in ("run", "run2")]
+    kept = [path.read_bytes() for path in loras if path.exists()]
+    assert len(kept) == (2 if kind == "lora" else 0)
+    assert len(set(kept)) <= 1
     pictures = []
     for run in ("run", "run2"):
+        pipeline = open_checkpoint(str(tmp_path / run))
         flowalign.personal(pipeline, tmp_path / run, "ann")
         pictures += [picture for _, picture in sample(pipeline, ["a"], [0], SamplerSettings(steps=2), progress=False)]
     assert np.array_equal(*map(np.asarray, pictures))
