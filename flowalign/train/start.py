@@ -98,6 +98,11 @@ def _read(trainable: Trainable, model: Model, family: Family, weights: bool) -> 
             f"trainable.start {source} holds {held} and trainable.kind is {trainable.kind!r}; name a run of the same kind, or "
             "set trainable.start=null."
         )
+    if run is None and trainable.kind == "none":  # whose run writes no weights of the denoiser, so that these would be lost
+        raise ConfigError(
+            f"trainable.start {source} holds the denoiser's whole weights, and trainable.kind none trains nothing of it; set "
+            "trainable.start=null and model.checkpoint to the folder of these weights."
+        )
     if run is None:
         make = type(family).load if weights else type(family).outline
         denoiser = make(source, dtype=torch.float32).denoiser

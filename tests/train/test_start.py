@@ -124,6 +124,7 @@ def test_a_run_goes_on_from_a_start_as_if_it_had_not_stopped(
         (["trainable.start={lora}", "trainable.alpha=8"], "set trainable.rank=4 and trainable.alpha=4"),
         (["trainable.start={lora}", "trainable.targets=[to_q]"], "take the rank, targets and model"),
         (["trainable.start={lora}", "trainable.kind=full"], "holds a LoRA"),
+        (["trainable.start={full}", "trainable.kind=none", "users.names=[ann]"], "nothing of it; set trainable.start=null"),
         (["trainable.start={lora}", "reference.kind=start", "reference.bank=2"], "reference.bank=null"),
         (["trainable.start={folder}"], "holds no LoRA"),
         (["reference.kind=start"], "name a run there"),
@@ -132,7 +133,7 @@ def test_a_run_goes_on_from_a_start_as_if_it_had_not_stopped(
 def test_what_cannot_be_started_from_is_refused(
     first: Callable[[str], Path], prepared: Callable[..., Prepared], tmp_path: Path, overrides: list[str], part: str
 ) -> None:
-    places = {"lora": first("lora"), "folder": tmp_path}
+    places = {"lora": first("lora"), "full": first("full"), "folder": tmp_path}
     with pytest.raises(ConfigError, match=part.replace(".", r"\.")):
         prepared(*(override.format(**places) for override in overrides))
 
