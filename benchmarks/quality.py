@@ -39,8 +39,13 @@ from flowalign.train.trainable import trained
 
 SHARE = 0.90
 RATES = (4e-4, 6e-4, 1.2e-3, 2.5e-3, 3.5e-3, 5e-3)
-RACED = {True: (6e-4, 2.5e-3, 3.5e-3, 5e-3), False: (2.5e-3, 3.5e-3, 5e-3)}
-"""Of the published recipe the only rate that kept caption match, and the fastest ones; ours."""
+NOISY = [0.5, 1.0]
+"""Times at which layout and style are decided."""
+RACED = {
+    True: ((6e-4, 400, None), (2.5e-3, 400, None), (3.5e-3, 400, None), (5e-3, 400, None), (5e-3, 200, None)),
+    False: ((2.5e-3, 400, None), (3.5e-3, 400, None), (5e-3, 400, None), (5e-3, 200, NOISY)),
+}
+"""Rate, β and times: of the published recipe the only rate that kept caption match, and the fastest ones; ours."""
 STEPS_AT_MOST = 120
 SETTINGS = SamplerSettings(steps=STEPS, guidance=GUIDANCE, precision="bf16")
 
@@ -107,18 +112,19 @@ def draw(pipeline: Any, prompts: list[str], folder: Path) -> None:
     write_images(folder, pipeline, prompts, [0] * len(prompts), SETTINGS, batch_size=30, progress=False)
 
 
-def recipe(published: bool, rate: float, beta: float) -> dict[str, Any]:
+def recipe(published: bool, rate: float, beta: float, times: list[float] | None = None) -> dict[str, Any]:
     settings: dict[str, Any] = {"train.schedule": "constant", "train.warmup_steps": 0, "train.steps": STEPS_AT_MOST}
     settings |= {"train.learning_rate": rate, "objective.beta": beta}
     settings |= {"train.timesteps": "uniform"} if published else {"reference.bank": 1, "trainable.targets": bench.LATE}
+    settings |= {} if times is None else {"train.timestep_range": times}
     return {"settings": settings, "published": published}
 
 
 def recipes(what: str) -> list[dict[str, Any]]:
     """Those of a sweep, or of the race of what was best in it."""
     if what == "race":
-        return [recipe(published, rate, 400) for published, rates in RACED.items() for rate in rates]
-    plain = [recipe(True, rate, beta) for rate, beta in itertools.product(RATES, (400, 800))]
+        return [recipe(published, *settings) for published, several in RACED.items() for settings in several]
+    plain = [recipe(True, rate, beta) for rate, beta in itertools.product(RATES, (200, 400, 800))]
     return plain + [recipe(False, rate, 400) for rate in RATES[-3:]]
 
 
@@ -146,13 +152,16 @@ def main() -> None:
             print(json.dumps({key: value for key, value in result.items() if key != "trace"}), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1) + "\n")
-    runs: dict[tuple[bool, float], list[dict[str, Any]]] = {}
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in found:
-        runs.setdefault((row["published"], row["settings"]["train.learning_rate"]), []).append(row)
-    for (published, rate), rows in sorted(runs.items(), reverse=True):
+        rate, beta, times = (
+            row["settings"].get(name) for name in ("train.learning_rate", "objective.beta", "train.timestep_range")
+        )
+        runs.setdefault((not row["published"], beta, rate, str(times or "")), []).append(row)
+    for (ours, beta, rate, times), rows in sorted(runs.items()):
         there = [row["last"]["step"] for row in rows if row["last"]["share"] >= SHARE]
         said = f"{statistics.median(there):g} steps (median of {len(there)} of {len(rows)})" if there else "never"
-        print(f"{'published' if published else 'ours':10} {rate:<8g} {said}")
+        print(f"{'ours' if ours else 'published':10} β {beta:<4g} {rate:<7g} {times:10} {said}")
 
 
 if __name__ == "__main__":

@@ -291,7 +291,8 @@ def select_pairs(loop: Loop, number: int) -> int:
                     cache=loop.cache,
                     progress=loop.progress,
                 )
-            select(str(source), by=cfg.order, out=ordered, ratio=cfg.ratio, potential_weight=cfg.potential_weight, seed=lot)
+            weight = cfg.potential_weight if cfg.order == "potential" else None
+            select(str(source), by=cfg.order, out=ordered, ratio=cfg.ratio, potential_weight=weight, seed=lot)
     if not out.is_file():
         rows, replay = _rows(ordered), loop.config.replay
         earlier = range(max(0, number - replay.rounds), number)
@@ -301,8 +302,8 @@ def select_pairs(loop: Loop, number: int) -> int:
 
 
 def changed(select: Select) -> dict[str, Any]:
-    """How pairs are picked, as far as that is not as usual."""
-    fields = {name: field.default for name, field in Select.model_fields.items() if name in READ_BY}
+    """How pairs are picked, as far as that is not as usual; `draws` are those of the margins by which they are then ordered."""
+    fields = {name: field.default for name, field in Select.model_fields.items() if name in READ_BY and name != "draws"}
     return {name: value for name, usual in fields.items() if (value := getattr(select, name)) != usual}
 
 
