@@ -42,8 +42,15 @@ RATES = (4e-4, 6e-4, 1.2e-3, 2.5e-3, 3.5e-3, 5e-3)
 NOISY = [0.5, 1.0]
 """Times at which layout and style are decided."""
 RACED = {
-    True: ((6e-4, 400, None), (2.5e-3, 400, None), (3.5e-3, 400, None), (5e-3, 400, None), (5e-3, 200, None)),
-    False: ((2.5e-3, 400, None), (3.5e-3, 400, None), (5e-3, 400, None), (5e-3, 200, NOISY)),
+    True: (
+        (6e-4, 400, None),
+        (2.5e-3, 400, None),
+        (3.5e-3, 400, None),
+        (5e-3, 400, None),
+        (5e-3, 200, None),
+        (5e-3, 100, None),
+    ),
+    False: ((2.5e-3, 400, None), (3.5e-3, 400, None), (5e-3, 400, None), (5e-3, 200, NOISY), (5e-3, 100, NOISY)),
 }
 """Rate, β and times: of the published recipe the only rate that kept caption match, and the fastest ones; ours."""
 STEPS_AT_MOST = 120
@@ -124,7 +131,7 @@ def recipes(what: str) -> list[dict[str, Any]]:
     """Those of a sweep, or of the race of what was best in it."""
     if what == "race":
         return [recipe(published, *settings) for published, several in RACED.items() for settings in several]
-    plain = [recipe(True, rate, beta) for rate, beta in itertools.product(RATES, (200, 400, 800))]
+    plain = [recipe(True, rate, beta) for rate, beta in itertools.product(RATES, (100, 200, 400, 800))]
     return plain + [recipe(False, rate, 400) for rate in RATES[-3:]]
 
 
