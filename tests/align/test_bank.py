@@ -192,7 +192,7 @@ class Places(SimpleNamespace):
 
 
 def test_a_fill_holds_one_part_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """96 predictions of 2 MiB, in parts of 8; of what is read, nothing is in memory until it is asked for."""
+    """96 predictions of 2 MiB, 192 in all, in parts of 8; of what is read, nothing is in memory until it is asked for."""
     monkeypatch.setattr(bank, "PART", 8)
     count, shape = 96, (1, 8, 256, 256)
     held = []
@@ -215,8 +215,8 @@ def test_a_fill_holds_one_part_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     before = private()
     stored = Stored(torch.float32)
     filled = bank.fill_bank(tmp_path, batches, reference, count=count, draws=1, batch_size=4, stored=stored, progress=False)
-    assert max(held) - before < 100
-    assert private() - before < 100
+    assert max(held) - before < 150
+    assert private() - before < 150
     asked = Places(positions=(17, 95))
     assert torch.equal(filled.predicted(asked)[:, 0, 0, 0, 0], torch.tensor([17.0, 95.0]))  # type: ignore[arg-type]
 
