@@ -302,8 +302,9 @@ def select_pairs(loop: Loop, number: int) -> int:
 
 
 def changed(select: Select) -> dict[str, Any]:
-    """How pairs are picked, as far as that is not as usual; `draws` are those of the margins by which they are then ordered."""
-    fields = {name: field.default for name, field in Select.model_fields.items() if name in READ_BY and name != "draws"}
+    """How pairs are picked, as far as that is not as usual; two more say how an order asks for margins and weighs them."""
+    picking = READ_BY.keys() - {"draws", "potential_weight"}
+    fields = {name: field.default for name, field in Select.model_fields.items() if name in picking}
     return {name: value for name, usual in fields.items() if (value := getattr(select, name)) != usual}
 
 

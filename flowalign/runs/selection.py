@@ -36,8 +36,9 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "labels": (*_PICKED, STEERED),
     "temperature": ("rso",),
     **dict.fromkeys(("objectives", "alpha", "draws", "plan"), (STEERED,)),
+    "potential_weight": ("potential",),
 }
-"""Of options that not every way of picking from a table reads: the ways that do. Orders of comparisons read none of these."""
+"""Of options that not every way reads: the ways that do. Orders of comparisons read none but the last."""
 
 
 def select(
@@ -75,6 +76,7 @@ def select(
     table_only = {"score": score, "most": most, "least": least, "ties": ties, "tie_width": tie_width, "labels": labels}
     table_only |= {"objectives": objectives or None, "alpha": alpha, "draws": draws, "plan": plan, "temperature": temperature}
     given = {name: value for name, value in table_only.items() if value is not None}
+    of_order = [] if potential_weight is None else ["potential_weight"]
     for what, value, choices in (("by", by, BY), ("ties", ties or TIES[0], TIES), ("weights", weights, WEIGHTS)):
         if value not in choices:
             raise ConfigError(f"{what} is {value!r}; {allowed(value, choices)}.")
@@ -90,7 +92,7 @@ def select(
         whole, picker = read_table(Path(source)), "best_worst" if by == "explicit" else by
         table = prompted(whole)
         counts["without_prompt"] = len(whole) - len(table)
-        check_options(by, [*given, *([] if potential_weight is None else ["potential_weight"])])
+        check_options(by, [*given, *of_order])
         if temperature is not None and temperature <= 0:
             raise ConfigError(f"temperature is {temperature:g}; it must be above 0.")
         if by == STEERED:
@@ -115,8 +117,7 @@ def select(
                 f"{_named(given)} given, which a score table's pairs are picked with, and {source} holds comparisons; leave "
                 "that out, or give it where the pairs are picked."
             )
-        if potential_weight is not None and by != "potential":
-            raise ConfigError(f"potential_weight is given, which {by} does not read, only potential; leave it out.")
+        check_options(by, of_order)
         rows, counts = _ordered(source, by, ratio, 1.0 if potential_weight is None else potential_weight, seed)
         of = f"of {counts['given']} comparisons"
     if not rows:
@@ -132,11 +133,10 @@ def select(
 
 
 def check_options(by: str, given: Iterable[str]) -> None:
-    """Raises ConfigError for an option of a score table's that this way of picking does not read."""
+    """Raises ConfigError for an option that this way does not read."""
     given = tuple(given)
     for name in given:
-        ways = READ_BY.get(name, ("potential",))
-        if by not in ways:
+        if by not in (ways := READ_BY[name]):
             raise ConfigError(f"{name} is given, which {by} does not read, only {', '.join(ways)}; leave it out.")
     if "plan" in given and (drawn := [name for name in ("alpha", "draws") if name in given]):
         raise ConfigError(
