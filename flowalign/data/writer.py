@@ -14,7 +14,7 @@ from flowalign.data.readers import Comparisons
 from flowalign.data.records import CellImage, Comparison, FileImage, ImageRef
 from flowalign.data.remote import ADDRESS, at, whole
 from flowalign.data.tables import ParquetRows
-from flowalign.errors import DataError
+from flowalign.errors import ConfigError, DataError
 from flowalign.files import write_text
 
 
@@ -73,6 +73,16 @@ def _is_plain(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def check_not_source(out: Path, source: str | Path, flag: str = "--out") -> None:
+    """Raises ConfigError where `out` is the file that is read: rows that are left out of the new one would be lost.
+
+    flag: of the command line that `out` comes from.
+    """
+    if out.exists() and (here := Path(source).expanduser()).exists() and out.samefile(here):
+        other = out.with_name(f"{out.stem}-new{out.suffix}")
+        raise ConfigError(f"{flag} is {out}, which is what is read and would be lost; give another file, such as {flag} {other}.")
 
 
 def write_comparisons(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

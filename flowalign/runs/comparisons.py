@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.data.readers import open_comparisons
-from flowalign.data.writer import row_of, write_comparisons
+from flowalign.data.writer import check_not_source, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.evaluate.audit import Audit
 from flowalign.evaluate.audit import audit as ask
@@ -49,6 +49,8 @@ def audit(
             raise ConfigError(f"the check {name!r} suggests no rows to leave out; {allowed(name, DROPS)}.")
     if write_filtered is not None and write_filtered.suffix != ".jsonl":
         raise ConfigError(f"the filtered comparisons are JSON lines and {write_filtered} does not end with .jsonl; rename it.")
+    if write_filtered is not None:
+        check_not_source(write_filtered, source, "--write-filtered")
     comparisons = open_comparisons(source, format=format, split=split, columns=columns)
     other = (
         None if against is None else (open_comparisons(against, format=format, split=split, columns=columns), _name(against))

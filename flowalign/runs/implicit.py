@@ -18,7 +18,7 @@ from flowalign.data.cached import Cached
 from flowalign.data.fill import fill
 from flowalign.data.pairs import Item, PairDataset
 from flowalign.data.readers import open_comparisons
-from flowalign.data.writer import others_of, row_of, write_comparisons
+from flowalign.data.writer import check_not_source, others_of, row_of, write_comparisons
 from flowalign.device import choose_device
 from flowalign.errors import DataError
 from flowalign.families.base import Family
@@ -55,6 +55,7 @@ def margins(
     comparisons share. resolution: by default the checkpoint's own. What was found out is kept beside `out` until that is whole,
     so a run that was killed goes on; rows that cannot be used are left out and counted. Raises UserError.
     """
+    check_not_source(out, source)
     comparisons = open_comparisons(source, format=format, split=split, limit=limit)
     for place in range(len(comparisons)):  # what cannot be named is refused before anything is computed
         try:

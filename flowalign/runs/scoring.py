@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flowalign.data.writer import check_not_source
 from flowalign.device import choose_device
 from flowalign.errors import ConfigError, RunError, allowed
 from flowalign.families.sampling import PRECISIONS
@@ -122,9 +123,7 @@ def _check(out: Path, source: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(f"out is {out}, where nothing can be written ({error.strerror}); choose another place.") from None
-    if out.exists() and (here := Path(source).expanduser()).exists() and out.samefile(here):
-        other = out.with_name(f"{out.stem}-more.parquet")
-        raise ConfigError(f"out is {out}, which is what is scored and would be lost; give another file, such as --out {other}.")
+    check_not_source(out, source)
 
 
 def figures_of(scores: NDArray[np.float64]) -> dict[str, float | int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowalign.data.readers import open_comparisons, scan
-from flowalign.data.writer import others_of, row_of, write_comparisons
+from flowalign.data.writer import check_not_source, others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
 from flowalign.files import text_lines
 from flowalign.scoring.comparisons import AMONG, TIES, prompted, rows_of
@@ -73,6 +73,7 @@ def select(
     (`scoring.steered.steered`). What is None is as those functions have it. Raises UserError, also for an option that the way
     does not read, but for the seed, and RunError where nothing is left.
     """
+    check_not_source(out, source)
     table_only = {"score": score, "most": most, "least": least, "ties": ties, "tie_width": tie_width, "labels": labels}
     table_only |= {"objectives": objectives or None, "alpha": alpha, "draws": draws, "plan": plan, "temperature": temperature}
     given = {name: value for name, value in table_only.items() if value is not None}

@@ -138,19 +138,20 @@ def fit(
             raise broken
         save(states, state, about, cfg.keep_checkpoints, write=ranks.main)
 
+    verdict: Verdict = "on"
     if state.step == 0 and state.good is None:  # a good state of step 0 was saved after this
         aside(validate)
-        if hooks.judge(False) == "good":
+        verdict = hooks.judge(False)
+        if verdict == "good":
             state.good = 0
             aside(checkpoint)
     model.train()
     shown = progress and accelerator.is_main_process
     bar = tqdm(total=cfg.steps, initial=state.step, desc=doing, unit="step", disable=not shown)
-    verdict: Verdict = "on"
     broken: NonFiniteError | None = None
     with _stop_signals() as stopped:
         # A signal reaches processes at different times; all of them must leave after the same step.
-        while state.step < cfg.steps and not ranks.any(stopped()):
+        while verdict != "stop" and state.step < cfg.steps and not ranks.any(stopped()):
             rate = state.rate * learning_rate(state.step, cfg)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate

@@ -181,9 +181,9 @@ def test_what_is_scored_is_not_written_over(
     for source in ("scores.parquet", tmp_path / "scores.parquet", "link.parquet"):
         code, _, result = command(capsys, source, "--rewards", "jpeg_size")
         assert code == 2
-        assert "give another file, such as --out scores-more.parquet" in result["error"]["message"]
+        assert "give another file, such as --out scores-new.parquet" in result["error"]["message"]
         assert Path("scores.parquet").read_bytes() == before
-    assert command(capsys, "scores.parquet", "--rewards", "jpeg_size", "--out", "scores-more.parquet")[0] == 0
+    assert command(capsys, "scores.parquet", "--rewards", "jpeg_size", "--out", "scores-new.parquet")[0] == 0
 
 
 def test_interrupted_it_says_how_to_go_on(

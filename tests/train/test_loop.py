@@ -323,6 +323,14 @@ def test_a_judge_ends_the_run_and_nothing_broken_is_saved(tmp_path: Path, broken
     assert [path.name for path in states(tmp_path)] == ["step-00000000"] + ([] if broken else ["step-00000004"])
 
 
+def test_a_judge_may_end_a_run_before_its_first_step(tmp_path: Path) -> None:
+    line = Line(tmp_path, Train(steps=8, batch_size=2), judge=lambda line, found: "stop")
+    before = line.weight().clone()
+    assert line.fit() is False
+    assert line.losses == []
+    assert torch.equal(line.weight(), before)
+
+
 def test_a_run_taken_back_to_its_start_is_not_validated_there_again(tmp_path: Path) -> None:
     line = Line(tmp_path, Train(steps=2, batch_size=2), judge=lambda line, broken: "good")
     line.fit()
