@@ -103,6 +103,11 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             f"{what} needs weights that lie whole in every process, and FSDP 2 shards them; set reference.kind=auto and "
             "switches.annotator_types=1, or use configs/accelerate/ddp.yaml."
         )
+    if accelerator.is_fsdp2 and config.train.timesteps == "importance":
+        raise ConfigError(
+            "train.timesteps 'importance' measures gradients of single comparisons, which FSDP 2 keeps in shards; set "
+            "train.timesteps=null, or use configs/accelerate/ddp.yaml."
+        )
     if accelerator.is_fsdp2 and config.train.optimizer != "adamw":
         raise ConfigError(
             f"train.optimizer {config.train.optimizer!r} keeps moments in blocks, which do not fit the shards of FSDP 2; set "

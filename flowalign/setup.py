@@ -210,17 +210,17 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         | {"timesteps": timesteps if importance is None else f"importance over {timesteps}"}
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
-    if config.steer is not None:
-        about["steer"] = config.steer.model_dump(mode="json")
+    about["steer"] = None if config.steer is None else config.steer.model_dump(mode="json")
     begins = None if config.trainable.start is None else read_start(config.trainable, config.model, family, config.steer)
     about["start"] = None if begins is None else begins.fingerprint
+    about["guard"] = None
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm
     train, held_out, summary = load_data(config, family, Path(config.output), progress, ranks)
-    if config.users is not None:
-        about["users"] = config.users.model_dump(mode="json") | {"names": list(train.users)}
-    about["data"] = train.cached.about
+    people = config.users
+    about["users"] = None if people is None else people.model_dump(mode="json") | {"names": list(train.users)}
+    about["data"] = train.cached.about | {"resolution": config.data.resolution, "flip": config.data.flip or None}
     layout, autocast = choose_layout(accelerator), choose_autocast(accelerator, config.train)
     frozen = family.denoiser.requires_grad_(False).to(memory_format=layout)
     # Compiled models have kernels of their own, and a checkpointed block is computed again outside of any context.

@@ -85,7 +85,7 @@ def elsewhere(batch: Batch, rng: Keyed) -> tuple[Tensor, Tensor]:
     if weights is None:
         raise ValueError("a contrast between weights needs comparisons that have some")
     drawn = [-torch.log1p(-rng.uniform(f"contrast-{place}", batch.ids, batch.draws)) for place in range(weights.shape[1])]
-    parts = torch.stack(drawn, 1)
+    parts = torch.stack(drawn, 1).to(weights.device)  # meta where a step is only counted
     told = weights.any(1)
     return torch.where(told[:, None], parts / parts.sum(1, keepdim=True), 0.0).to(weights.dtype), told
 

@@ -240,11 +240,10 @@ class PreferenceStep:
         if self.switches.time_weight != "constant":
             loss = loss * self._ship(time_weight(self.family.level(self.times(batch, rng)), self.switches))
         metrics = measured(terms, self.knobs.get("beta", 1.0))
-        for part in (self.carried, self.adaptive):
-            if part is not None:
-                seen = part.observe(terms) if torch.is_grad_enabled() else {}
-                metrics |= {f"{part.name}/{name}": value.expand(len(batch)) for name, value in part.scalars.items()}
-                metrics |= {f"observed/{name}": value.detach() for name, value in seen.items()}
+        carried = [part for part in (self.carried, self.adaptive) if part is not None]
+        if torch.is_grad_enabled():
+            for part in carried:
+                metrics |= {f"observed/{name}": value.detach() for name, value in part.observe(terms).items()}
         if self.importance is not None:
             _, bins, weight = self.importance.place(TIMESTEPS[self.timesteps].spread(rng, batch))
             if torch.is_grad_enabled():
@@ -252,6 +251,8 @@ class PreferenceStep:
             weight = self._ship(weight)
             loss = loss * weight
             metrics = {name: value * weight for name, value in metrics.items()}  # means as other samplers have them
+        for part in carried:  # one value each, however often its times are drawn
+            metrics |= {f"{part.name}/{name}": value.expand(len(batch)) for name, value in part.scalars.items()}
         return loss, {"loss": loss.detach(), **metrics}
 
     def loss(self, terms: Terms) -> Tensor:

@@ -82,7 +82,9 @@ def check_not_source(out: Path, source: str | Path, flag: str = "--out") -> None
     """
     if out.exists() and (here := Path(source).expanduser()).exists() and out.samefile(here):
         other = out.with_name(f"{out.stem}-new{out.suffix}")
-        raise ConfigError(f"{flag} is {out}, which is what is read and would be lost; give another file, such as {flag} {other}.")
+        raise ConfigError(
+            f"{flag} is {out}, which is what is read and would be lost; give another file, such as {flag} {other}."
+        )
 
 
 def write_comparisons(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -95,7 +95,7 @@ class Users(nn.Module):
     def of(self, shares: Tensor) -> Tensor:
         """Shares of users `[B, U]` -> tokens `[B, T, D]`, float32; a row of zeros is nobody."""
         with nullcontext() if shares.is_meta else torch.autocast(shares.device.type, enabled=False):
-            return torch.einsum("bu,utd->btd", shares.float(), self.table)
+            return torch.einsum("bu,utd->btd", shares.float(), self.table.float())
 
     def tell(self, tokens: Tensor | None) -> None:
         """What all attentions read from now on, `[B, T, D]`.

@@ -296,6 +296,8 @@ def test_a_plan_counts_what_is_read_of_users(settings: Callable[..., Config], da
     found = runs.plan(settings(tmp_path / "run", named, "trainable.kind=none", *data))
     width, inner = 32, (32, 32, 32, 64)  # channels of the four attentions that read a prompt
     assert found["parameters"]["trained"] == 2 * 2 * width + sum(2 * width * each for each in inner)
+    rounded = runs.plan(settings(tmp_path / "run", named, "trainable.kind=none", "train.precision=bf16", *data))
+    assert rounded["parameters"] == found["parameters"]
 
 
 def test_a_card_and_a_report_are_written_without_any_adapter(run: Path) -> None:

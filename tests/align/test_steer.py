@@ -24,7 +24,7 @@ from flowalign.align.steer import Steered, elsewhere, even_and_corners
 from flowalign.data.pairs import PairStream, fixed_draws
 from flowalign.data.weights import WEIGHTS
 from flowalign.device import make_accelerator
-from flowalign.errors import ConfigError
+from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import CONTEXT
 from flowalign.families.sampling import SamplerSettings, sample
 from flowalign.families.steer import STEER, steering_of
@@ -357,6 +357,11 @@ def test_one_call_draws_what_the_run_drew(learned: Config, tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------ plan, refusals
+def test_a_run_does_not_go_on_without_what_steers_it(learned: Config) -> None:
+    with pytest.raises(CheckpointError, match=r"other settings: steer was \{.*\} and is None"):
+        runs.align(learned.model_copy(update={"steer": None}), resume=True, progress=False)
+
+
 def test_the_plan_counts_the_network(settings: Callable[..., Config], data: Any, tmp_path: Path) -> None:
     plain, steered, words = (runs.plan(settings(tmp_path, *data, *more)) for more in ((), (STEER_BY,), (IN_WORDS,)))
     extra = steered["parameters"]["trained"] - plain["parameters"]["trained"]
@@ -364,6 +369,9 @@ def test_the_plan_counts_the_network(settings: Callable[..., Config], data: Any,
     assert words["parameters"] == plain["parameters"]
     assert steered["flops_per_comparison"]["reference"] == plain["flops_per_comparison"]["reference"]
     assert steered["flops_per_comparison"]["policy_forward"] > plain["flops_per_comparison"]["policy_forward"]
+    apart = runs.plan(settings(tmp_path, *data, "steer={objectives: [red, blue], hidden: 16, contrast: 1.0}"))
+    assert apart["parameters"] == steered["parameters"]
+    assert apart["flops_per_comparison"]["policy_forward"] > steered["flops_per_comparison"]["policy_forward"]
 
 
 @pytest.mark.parametrize(

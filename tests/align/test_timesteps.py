@@ -330,3 +330,18 @@ def test_what_was_learned_survives_a_stop_between_two_refreshes(
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert float(one["learned/timesteps/gain"].std()) > 0.02
     assert float(one["learned/timesteps/probability"].std()) > 1e-4
+
+
+def test_what_is_carried_is_logged_as_it_is(prepared: Make) -> None:
+    """However often a time is drawn: β is no measurement of comparisons, whose means importance weighs."""
+    ready = prepared(LEARNING, "switches.beta=target", "train.batch_size=2")
+    importance, adaptive = ready.step.importance, ready.step.adaptive
+    assert importance is not None
+    assert adaptive is not None
+    importance.learn_gain(torch.stack([torch.linspace(1, 50, BINS), torch.ones(BINS)]))
+    beta, weights = adaptive.scalars["beta"].clone(), []
+    for batch in islice(ready.batches(0), 3):
+        _, metrics = ready.step(batch, Keyed(0))
+        assert torch.equal(metrics["adaptive/beta"], beta.expand(2))
+        weights.append(importance.place(TIMESTEPS["stratified"].spread(Keyed(0), batch))[2])
+    assert (torch.cat(weights) - 1).abs().max() > 0.1

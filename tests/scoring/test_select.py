@@ -527,13 +527,12 @@ def test_comparisons_are_not_written_over_those_they_come_from(written: Path, ve
     runs.select(str(written / "in" / "table.parquet"), by="margin", out=source)
     before = source.read_bytes()
     (link := written / "link.jsonl").symlink_to(source)
-    other = "give another file, such as --(out|write-filtered) .*-new.jsonl"
+    calls: dict[str, Callable[[Path], object]] = {
+        "select": lambda out: runs.select(str(source), by="explicit", out=out),
+        "margins": lambda out: runs.margins("no-such-checkpoint", str(source), out=out),
+        "audit": lambda out: runs.audit(str(source), out=written / "audit", write_filtered=out),
+    }
     for out in (source, link):
-        with pytest.raises(ConfigError, match=other):
-            if verb == "select":
-                runs.select(str(source), by="explicit", out=out)
-            elif verb == "margins":
-                runs.margins("no-such-checkpoint", str(source), out=out)
-            else:
-                runs.audit(str(source), out=written / "audit", write_filtered=out)
+        with pytest.raises(ConfigError, match=r"give another file, such as --(out|write-filtered) .*-new.jsonl"):
+            calls[verb](out)
     assert source.read_bytes() == before

@@ -145,14 +145,21 @@ def test_two_processes_find_the_beta_of_one(settings: Make, tmp_path: Path, held
     assert left["margin"]["deviation"] == pytest.approx(right["margin"]["deviation"], rel=1e-3)
 
 
-def test_moments_in_blocks_are_refused_where_weights_lie_in_shards(
-    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.optimizer=adamw8bit", r"'adamw8bit' keeps moments in blocks.*set train.optimizer=adamw.*ddp.yaml"),
+        ("train.timesteps=importance", r"'importance' measures gradients of single.*set train.timesteps=null.*ddp.yaml"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_where_they_lie_in_shards(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, said: str
 ) -> None:
     shards = SimpleNamespace(is_fsdp2=True, distributed_type=DistributedType.FSDP)  # which takes a launcher to be real
     monkeypatch.setattr(device, "open_accelerator", lambda train, folder: shards)
     assert device.make_accelerator(settings(tmp_path), tmp_path) is shards
-    with pytest.raises(ConfigError, match=r"'adamw8bit' keeps moments in blocks.*set train.optimizer=adamw.*ddp.yaml"):
-        device.make_accelerator(settings(tmp_path, "train.optimizer=adamw8bit"), tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        device.make_accelerator(settings(tmp_path, setting), tmp_path)
 
 
 def test_processes_with_different_configurations_stop_with_a_sentence(two: tuple[Path, str]) -> None:

@@ -178,6 +178,8 @@ def test_a_half_written_state_is_passed_over(settings: Make, whole: Callable[...
         ("objective={name: ipo}", "objective.name was dpo and is ipo"),
         ("trainable.rank=8", "trainable.rank was 4 and is 8"),
         ("train.seed=3", "train.seed was 0 and is 3"),
+        ("data.resolution=32", "data.resolution was 16 and is 32"),
+        ("data.flip=true", "data.flip was None and is True"),
         ("train.steps=4", "train.steps is 4, and {run} has trained 6 steps already"),
     ],
 )
