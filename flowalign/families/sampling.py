@@ -6,7 +6,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from flowalign import plugins
 from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.families.base import Family
+from flowalign.families.latent import compute_dtype
 from flowalign.families.loading import digest, family_of
 from flowalign.families.steer import Rows, Telling, rows_for, steering_of
 from flowalign.files import atomic, text_lines, write_text
@@ -89,7 +90,8 @@ def generator_id(pipeline: Any, *others: Any) -> str:
     """
     parts = [part for _, part in sorted(pipeline.components.items()) if part is not None]
     return digest(
-        *(part if isinstance(part, nn.Module) or hasattr(part, "backend_tokenizer") else dict(part.config) for part in parts),
+        # A scheduler's settings are all there is to it; an image processor's only `to_dict` gives, which `digest` asks for.
+        *(dict(part.config) if hasattr(part, "config") and not isinstance(part, nn.Module) else part for part in parts),
         *(() if (steering := steering_of(pipeline)) is None else (steering.fingerprint,)),
         *others,
     )[:12]
@@ -144,7 +146,7 @@ def drawn(
     family = _family(pipeline)
     steering, rows = rows_for(pipeline, weights, len(prompts))
     canvas, denoiser = family.canvas(pipeline), getattr(pipeline, family.component)
-    wanted, held = PRECISIONS[settings.precision], next(denoiser.parameters()).dtype
+    wanted, held = PRECISIONS[settings.precision], compute_dtype(denoiser)
     if held not in (wanted, torch.float32):
         raise ConfigError(f"precision is {settings.precision!r}, but the weights are {held}; open the checkpoint in {wanted}.")
     device = denoiser.device
@@ -165,7 +167,7 @@ def drawn(
                 starts, generators = zip(*(starting_noise(seeds[index], shape) for index in chosen), strict=True)
                 noise, told = torch.stack(starts), rows and tuple(rows[index] for index in chosen)
                 under = nullcontext() if steering is None else steering.under(told)
-                with under, torch.no_grad(), torch.autocast(device.type, wanted) if held != wanted else nullcontext():
+                with under, torch.no_grad(), _autocast(pipeline, device, wanted) if held != wanted else nullcontext():
                     pictures = pipeline(
                         [prompts[index] for index in chosen],
                         height=height,
@@ -182,6 +184,27 @@ def drawn(
                 yield from (Drawn(*each) for each in zip(chosen, own_seeds, pictures, ended, strict=True))
     finally:
         pipeline.scheduler = own
+
+
+@contextmanager
+def _autocast(pipeline: Any, device: torch.device, wanted: torch.dtype) -> Iterator[None]:
+    """Over float32 weights; a VAE that half precision may overflow, as its settings say, still decodes in float32."""
+    vae = pipeline.vae
+    with torch.autocast(device.type, wanted):
+        if wanted != torch.float16 or not vae.config.get("force_upcast", True):
+            yield
+            return
+        plain = vae.decode
+
+        def decode(latents: Tensor, *given: Any, **named: Any) -> Any:
+            with torch.autocast(device.type, enabled=False):
+                return plain(latents.to(vae.dtype), *given, **named)
+
+        vae.decode = decode
+        try:
+            yield
+        finally:
+            del vae.decode
 
 
 def _check_lengths(prompts: Sequence[str], seeds: Sequence[int]) -> None:

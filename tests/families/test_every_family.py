@@ -501,6 +501,8 @@ def test_adapters_learn_beside_a_quantised_base(settings: Callable[..., Config])
     reached = [gradient is not None and bool(gradient.any()) for gradient in ups]
     assert sum(reached) >= len(ups) / 2  # the texts' stream of a last block leads nowhere, quantised or not
     assert all(gradient.isfinite().all() for gradient in ups if gradient is not None)
+    how = SamplerSettings(steps=2, precision="bf16", **SMALL)
+    assert len(list(sample(ready.family.pipeline(ready.policy), ["a"], [0], how, progress=False))) == 1
 
 
 def without_weights(checkpoint: Path, folder: Path) -> Path:

@@ -12,10 +12,12 @@ import torch
 from datasets import load_dataset
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from flowalign.errors import ConfigError, DataError, UserError
 from flowalign.families.loading import open_checkpoint
 from flowalign.families.sampling import SAMPLERS, SamplerSettings, generator_id, sample, write_images
+from tests.families.conftest import flux, sdxl
 
 PROMPTS = ["a cat", "a dog", "", "fog"]
 SEEDS = [11, 12, 13, 11]
@@ -67,6 +69,49 @@ def test_size_steps_guidance_and_precision_are_those_asked_for(pipeline: StableD
     calls.clear()
     list(sample(pipeline, ["a"], [0], SamplerSettings(sampler="ddim", steps=2), progress=False))
     assert calls == [(torch.Size([2, 4, 16, 16]), torch.float32)] * 2  # with guidance: the prompt and the empty one
+
+
+class Packed(torch.nn.Linear):
+    """A layer whose weight is stored as bytes, as a quantised one is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.view(torch.bfloat16), self.bias)
+
+
+def test_a_denoiser_that_begins_with_a_quantised_layer_draws_in_what_it_computes_in() -> None:
+    torch.manual_seed(0)
+    pipeline, settings = flux().to(torch.bfloat16), SamplerSettings(steps=1, height=32, width=32, precision="bf16")
+    ((_, plain),) = sample(pipeline, ["a"], [0], settings, progress=False)
+    first = next(layer for layer in pipeline.transformer.modules() if isinstance(layer, torch.nn.Linear))
+    first.weight = torch.nn.Parameter(first.weight.data.view(torch.uint8), requires_grad=False)
+    first.__class__ = Packed
+    assert next(pipeline.transformer.parameters()).dtype == torch.uint8
+    ((_, packed),) = sample(pipeline, ["a"], [0], settings, progress=False)
+    assert packed.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize(("asks", "found"), [(True, torch.float32), (False, torch.float16)])
+def test_a_vae_that_half_precision_may_overflow_decodes_in_float32(asks: bool, found: torch.dtype) -> None:
+    pipeline, decoded, predicted = sdxl(), [], []
+    pipeline.vae.register_to_config(force_upcast=asks)
+    pipeline.vae.decoder.mid_block.resnets[0].conv1.register_forward_hook(lambda *given: decoded.append(given[-1].dtype))
+    pipeline.unet.register_forward_hook(lambda *given: predicted.append(given[-1][0].dtype))
+    settings = SamplerSettings(steps=1, height=32, width=32, precision="fp16")
+    list(sample(pipeline, ["a"], [0], settings, progress=False))
+    assert decoded == [found]
+    assert predicted == [torch.float16]
+    assert "decode" not in vars(pipeline.vae)
+
+
+def test_a_pipeline_may_hold_an_image_processor(pipeline: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """As one with a safety checker does; it has settings, and no config."""
+    found = {generator_id(pipeline)}
+    for size in (224, 224, 336):
+        pipeline.register_modules(feature_extractor=CLIPImageProcessor(size={"shortest_edge": size}))
+        found.add(generator_id(pipeline))
+    assert len(found) == 3
+    settings = SamplerSettings(sampler="ddim", steps=1, guidance=1.0)
+    assert write_images(tmp_path, pipeline, ["a"], [0], settings, progress=False)
 
 
 @pytest.mark.parametrize("sampler", ZERO_SNR_UNKNOWN)
