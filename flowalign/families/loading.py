@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -242,20 +243,28 @@ def find_lora(checkpoint: str | Path) -> LoraRun | None:
         ) from error
 
 
-def add_lora(denoiser: Any, run: LoraRun, component: str) -> None:
-    """Load the run's adapter, where it has one, into a denoiser of its base, in place. Raises CheckpointError."""
+def add_lora(denoiser: Any, run: LoraRun, component: str) -> str | None:
+    """Load the run's adapter, where it has one, into a denoiser of its base, in place, as the only one that is applied.
+
+    Returns its name, None where the run has none. Raises CheckpointError.
+    """
     if not (run.weights / LORA).is_file():
-        return
+        return None
+    before = set(getattr(denoiser, "peft_config", None) or ())
+    # Beside others diffusers numbers names by how many there are, which may be one of theirs.
+    own = next(name for name in (f"flowalign_{place}" for place in count()) if name not in before) if before else None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # an outline holds no values
-            denoiser.load_lora_adapter(run.weights, prefix=component, weight_name=LORA)
-        if not getattr(denoiser, "peft_config", None):  # diffusers only warns
+            denoiser.load_lora_adapter(run.weights, prefix=component, weight_name=LORA, adapter_name=own)
+        added: list[str] = [name for name in getattr(denoiser, "peft_config", None) or () if name not in before]
+        if not added:  # diffusers only warns
             raise ValueError(f"it holds nothing for a {component}")
     except FAILURES as error:
         raise CheckpointError(
             f"{run.weights / LORA} does not fit {run.base} ({reason(error)}); use the base it was trained on."
         ) from error
+    return added[0]
 
 
 def open_family(

@@ -74,7 +74,6 @@ class Personal(Telling):
         """
         family = plugins.load("families", family_of(type(pipeline).__name__))
         denoiser = getattr(pipeline, family.component)
-        self.users.to(next(denoiser.parameters()).device)
         self._handles = self.users.attach(attentions_of(denoiser, family.attentions))
         place = list(inspect.signature(denoiser.forward).parameters).index(family.context)
 
@@ -123,8 +122,12 @@ class Personal(Telling):
         return [pad(each, (0, 0, 0, count)) for each in tokens] if isinstance(tokens, list) else pad(tokens, (0, 0, 0, count))
 
     def _taken(self, tokens: Tokens) -> Tokens:
-        """Tell the users what is theirs of a denoiser's tokens; what is left is the prompt's."""
+        """Tell the users what is theirs of a denoiser's tokens; what is left is the prompt's.
+
+        The pipeline may have been moved since they were put into it.
+        """
         count = self.users.embeddings.shape[1]
+        self.users.to((tokens[0] if isinstance(tokens, list) else tokens).device)
         if isinstance(tokens, list):
             self.users.tell(torch.stack([each[-count:] for each in tokens]))
             return [each[:-count] for each in tokens]
@@ -135,7 +138,8 @@ class Personal(Telling):
 def personal(pipeline: Any, run: str | Path, user: str | Mapping[str, float] | None = None) -> Any:
     """Make a diffusers pipeline draw for a user of a run with a section users; returns the pipeline.
 
-    run: the run folder, or its weights/. The run's LoRA, if it has one, is loaded unless the denoiser has adapters already.
+    run: the run folder, or its weights/. The run's LoRA, if it has one, is applied beside those that are, and loaded
+    unless it is there.
     user: a name, or shares of several in any scale, such as {"ann": 0.5, "bob": 0.5}, whose embeddings are then averaged;
     None draws for nobody. Call it again for another user, and `unsteered` to have the pipeline as it was.
     Raises CheckpointError and ConfigError.

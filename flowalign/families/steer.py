@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from flowalign import plugins
 from flowalign.data.weights import shares, targets, wording
 from flowalign.errors import CheckpointError, ConfigError
-from flowalign.families.loading import FAILURES, LORA, LoraRun, add_lora, digest, family_of
+from flowalign.families.loading import FAILURES, digest, family_of
+from flowalign.families.loras import join_lora
 from flowalign.settings import Steer
 
 STEER = "steer.safetensors"
@@ -85,8 +86,8 @@ class Telling(ABC):
         self.names = names
         self.rows: Rows | None = None
         """What is drawn under now; None is nothing."""
-        self.own_lora = False
-        """The adapters came with it."""
+        self.without_lora: Callable[[], None] | None = None
+        """Takes the run's LoRA out again, if that came with it."""
         self._asked: int | None = None
 
     @property
@@ -157,11 +158,11 @@ class Telling(ABC):
         setattr(pipeline, PLACE, self)
 
     def detach(self, pipeline: Any) -> None:
-        """Take away what `attach` put there, and a LoRA that came with it."""
+        """Take away what `attach` put there, and the run's LoRA if it came with it; other LoRAs stay."""
         for name in ("encode_prompt", "check_inputs", "maybe_free_model_hooks", PLACE):
             vars(pipeline).pop(name, None)
-        if self.own_lora:
-            pipeline.unload_lora_weights()
+        if self.without_lora is not None:
+            self.without_lora()
 
     def each(self, count: int) -> Rows:
         """The row of each of `count` pictures."""
@@ -263,9 +264,9 @@ def steering_of(pipeline: Any) -> Telling | None:
 def steered(pipeline: Any, run: str | Path, weights: Mapping[str, float] | None = None) -> Any:
     """Make a diffusers pipeline draw under weights of the objectives that a run was steered with; returns the pipeline.
 
-    run: the run folder, or its weights/. The run's LoRA is loaded unless the denoiser has adapters already. weights: by name,
-    in any scale, such as {"clip": 0.7, "style": 0.3}; an objective that is not named has weight 0; None draws without weights.
-    Of a run with steer.condition scores they are target scores, from 0 to 1, of all objectives.
+    run: the run folder, or its weights/. The run's LoRA is applied beside those that are, and loaded unless it is there.
+    weights: by name, in any scale, such as {"clip": 0.7, "style": 0.3}; an objective that is not named has weight 0; None draws
+    without weights. Of a run with steer.condition scores they are target scores, from 0 to 1, of all objectives.
     Call it again for other weights, and `unsteered` to have the pipeline as it was. Raises CheckpointError and ConfigError.
     """
     return put(pipeline, folder_of(run, STEER), load_steering(run), weights)
@@ -276,17 +277,14 @@ def put(pipeline: Any, folder: Path, steering: Telling, weights: Mapping[str, fl
     row = steering.row(weights)
     unsteered(pipeline)
     family = plugins.load("families", family_of(type(pipeline).__name__))
-    denoiser = getattr(pipeline, family.component)
-    if (folder / LORA).is_file() and not getattr(denoiser, "peft_config", None):
-        add_lora(denoiser, LoraRun(folder, "the pipeline's checkpoint", None, None), family.component)
-        steering.own_lora = True
+    steering.without_lora = join_lora(getattr(pipeline, family.component), folder, family.component)
     steering.rows = None if weights is None else (row,)
     steering.attach(pipeline)
     return pipeline
 
 
 def unsteered(pipeline: Any) -> Any:
-    """Take out what `steered` or `personal` put into a pipeline, its LoRA included. Returns the pipeline."""
+    """Take out what `steered` or `personal` put into a pipeline, their LoRA included and no other. Returns the pipeline."""
     steering = steering_of(pipeline)
     if steering is not None:
         steering.detach(pipeline)

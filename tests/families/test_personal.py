@@ -103,6 +103,22 @@ def test_a_pipeline_tells_prompts_and_no_negative_prompts(checkpoint: Path, fami
     assert all(torch.equal(*pair) for pair in zip(plain, draw(), strict=True))
 
 
+def test_users_go_where_their_pipeline_goes(checkpoint: Path, family: Family, tmp_path: Path) -> None:
+    """It may be moved after they were put into it; the meta device stands for another one."""
+    pipeline = personal(plainly(checkpoint), saved(tmp_path / "run", some_users(family)), "ann")
+    conditioning, x_t, t = told(family, PROMPTS), latents(family), torch.full((4,), 0.6)
+    denoiser, telling = getattr(pipeline, family.component).to("meta"), pipeline._flowalign_steering
+
+    def tell(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        (tokens,) = telling.told((named.get(family.context, given[2] if len(given) > 2 else None),), negative=False, both=False)
+        return (given, named | {family.context: tokens}) if family.context in named else ((*given[:2], tokens), named)
+
+    denoiser.register_forward_pre_hook(tell, with_kwargs=True, prepend=True)
+    tensors = {name: tensor.to("meta") for name, tensor in conditioning.tensors.items()}
+    assert family.predict(denoiser, x_t.to("meta"), t.to("meta"), type(conditioning)(tensors)).is_meta
+    assert {parameter.device.type for parameter in telling.users.parameters()} == {"meta"}
+
+
 def test_what_is_read_is_attention_written_out() -> None:
     class Attention(torch.nn.Module):
         heads = 2
