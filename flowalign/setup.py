@@ -211,7 +211,9 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
         | ({} if importance is None else {"log_every": config.train.log_every}),  # when it learns
     }
     about["steer"] = None if config.steer is None else config.steer.model_dump(mode="json")
-    begins = None if config.trainable.start is None else read_start(config.trainable, config.model, family, config.steer)
+    begins = None
+    if config.trainable.start is not None:
+        begins = read_start(config.trainable, config.model, family, config.steer, config.users)
     about["start"] = None if begins is None else begins.fingerprint
     about["guard"] = None
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something

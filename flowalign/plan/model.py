@@ -85,7 +85,7 @@ def outline(config: Config, pictures: int = 2, num_chosen: int = 1) -> Outline:
     learns = of_types(learns, config.switches.annotator_types)
     choose_trainable(config, family, learns)
     if config.trainable.start is not None:
-        read_start(config.trainable, config.model, family, config.steer, weights=False).into(learns)
+        read_start(config.trainable, config.model, family, config.steer, config.users, weights=False).into(learns)
     width, users = family.outline_prompts(1).tensors[CONTEXT].shape[-1], config.users
     learns = steered_policy(learns, config.steer, width, config.train.seed)
     names = expected_names(users)

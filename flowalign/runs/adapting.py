@@ -42,6 +42,9 @@ def adapt(
         "data.validation": None,
         "data.held_out": 0.0,
         "data.limit": None,
+        "data.format": "auto",  # another file than those of the run, which say in their own way who judged
+        "data.split": "train",
+        "data.columns": {name: own for name, own in known.data.columns.items() if name != "annotator"},
         "users": {"tokens": known.users.tokens, "dropout": 0.0, "known": str(run), "new": user},
         "trainable.kind": "none",
         "trainable.start": None,  # what came of it is in the known run's own weights

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.families.base import Family
-from flowalign.families.loading import FAILURES, LORA, digest, find_lora
+from flowalign.families.loading import FAILURES, LORA, USERS, digest, find_lora
 from flowalign.families.steer import STEER, load_steering
 from flowalign.sections import Model
-from flowalign.settings import Steer, Trainable
+from flowalign.settings import Steer, Trainable, Users
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,24 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 
 def read_start(
-    trainable: Trainable, model: Model, family: Family, steer: Steer | None = None, *, weights: bool = True
+    trainable: Trainable,
+    model: Model,
+    family: Family,
+    steer: Steer | None = None,
+    users: Users | None = None,
+    *,
+    weights: bool = True,
 ) -> Start:
     """What `trainable.start` names, for a policy of `family` that is steered so; without `weights` no whole model is read.
 
-    Raises ConfigError for a run of another kind, scale or model, or steered otherwise, CheckpointError for what cannot be read.
+    Raises ConfigError for a run of another kind, scale or model, steered otherwise, or whose users would be forgotten,
+    CheckpointError for what cannot be read.
     """
+    if users is not None and _holds(str(trainable.start), USERS):
+        raise ConfigError(
+            f"trainable.start {trainable.start} knows users of its own, who would begin anew here; take one more in with "
+            "flowalign adapt, or set trainable.start=null."
+        )
     found = _read(trainable, model, family, weights)
     told = _steering(found.source, steer)
     if not told:
@@ -74,8 +86,7 @@ def read_start(
 
 def _steering(source: str, steer: Steer | None) -> Mapping[str, Tensor]:
     """What an earlier run's network holds for a policy that is steered so; nothing where either is not."""
-    folder = Path(source).expanduser()
-    if steer is None or not any((each / STEER).is_file() for each in (folder, folder / "weights")):
+    if steer is None or not _holds(source, STEER):
         return {}
     found = load_steering(source)
     theirs, ours = (each.model_dump(exclude={"dropout"}) for each in (found.settings, steer))
@@ -87,6 +98,12 @@ def _steering(source: str, steer: Steer | None) -> Mapping[str, Tensor]:
             "it was trained with, or trainable.start=null."
         )
     return {} if found.shift is None else found.shift.state_dict()
+
+
+def _holds(source: str, file: str) -> bool:
+    """Whether a run has saved a file beside its weights."""
+    folder = Path(source).expanduser()
+    return any((each / file).is_file() for each in (folder, folder / "weights"))
 
 
 def _read(trainable: Trainable, model: Model, family: Family, weights: bool) -> Start:

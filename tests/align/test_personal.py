@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -241,6 +242,35 @@ def test_one_more_user_is_taken_in_and_nothing_else_changes(run: Path, tastes: d
     assert load_file(tmp_path / "run3" / "weights" / USERS)["embeddings"].shape[0] == 4
     with pytest.raises(ConfigError, match="knows"):
         runs.adapt(run, str(tastes["eve"]), "ann", tmp_path / "run4", progress=False)
+
+
+def test_a_new_users_file_need_not_be_like_those_of_the_run(
+    settings: Callable[..., Config], tastes: dict[str, Path], tmp_path: Path
+) -> None:
+    """All of it counts as the new user's, so no column has to say so, and it may lie in another kind of file."""
+    rows = [json.loads(line) for line in tastes["train"].read_text().splitlines()]
+    pictures = {side: [str(tastes["train"].parent / row[side]) for row in rows] for side in ("chosen", "rejected")}
+    named = {"caption": [row["prompt"] for row in rows], "user_id": [row["annotator"] for row in rows], **pictures}
+    Dataset.from_dict(named).to_parquet(tmp_path / "train.parquet")
+    given = f"data={{train: {tmp_path / 'train.parquet'}, held_out: 0.2, resolution: 16, format: parquet}}"
+    columns = "data.columns={annotator: user_id, prompt: caption}"
+    runs.align(settings(tmp_path / "run", *USED, given, columns, "train.steps=1"), progress=False)
+    four = [{"caption": named["caption"][place], **{side: pictures[side][place] for side in pictures}} for place in range(4)]
+    (tmp_path / "four.jsonl").write_text("".join(json.dumps(row) + "\n" for row in four))
+    found = runs.adapt(tmp_path / "run", str(tmp_path / "four.jsonl"), "eve", tmp_path / "run2", steps=1, progress=False)
+    assert found["finished"]
+    data = load(tmp_path / "run2" / "config.yaml", []).data
+    assert (data.columns, data.format, data.split) == ({"prompt": "caption"}, "auto", "train")
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_users_of_a_run_are_not_forgotten_in_silence(
+    run: Path, settings: Callable[..., Config], data: Any, tmp_path: Path, kind: str
+) -> None:
+    config = settings(tmp_path / "next", USED[0], *data, f"trainable.kind={kind}", f"trainable.start={run}")
+    for use in (runs.align, runs.plan):
+        with pytest.raises(ConfigError, match="knows users of its own, who would begin anew here; take one more in with"):
+            use(config)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
