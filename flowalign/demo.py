@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 from flowalign import config as configuration
 from flowalign import runs
 from flowalign.errors import ConfigError
-from flowalign.files import write_text
+from flowalign.files import check_folder, write_text
 
 CONFIG = Path("configs/emoji-dpo-lora.yaml")
 PICTURES = Path("samples/emoji/emoji.parquet")
 CAPTIONS = 120
 """Held-out captions drawn, by base and aligned model alike: what fits into the demo's minutes."""
+MARK = "demo.json"
+"""What the folder of a demo holds, and no other: what has it may be deleted by the next."""
 STEPS = 20
 GUIDANCE = 3.0
 
@@ -30,7 +32,7 @@ def demo(out: Path = Path("runs/demo")) -> dict[str, Any]:
     the project, and where `out` holds something else.
     """
     started = time.perf_counter()
-    begin(out, CONFIG, "config.yaml", "a run")
+    begin(out, CONFIG)
     config = configuration.load(CONFIG, [f"output={out}"])
     pairs = config.train.steps * config.train.batch_size
     print(
@@ -66,17 +68,22 @@ def demo(out: Path = Path("runs/demo")) -> dict[str, Any]:
     return metrics | {"report": page, "summary": f"{metrics['verdict']}\n{metrics['seconds_total']:.0f} s in all. Open {page}"}
 
 
-def begin(out: Path, config: Path, mark: str, what: str) -> None:
-    """Clear the place of a demo, whose earlier results `mark` tells from other things. Raises ConfigError."""
+def begin(out: Path, config: Path) -> None:
+    """Clear the place of a demo and mark it as one, by which a later demo knows what it may replace. Raises ConfigError."""
+    check_folder(out)
     missing = [str(path) for path in (config, PICTURES) if not path.is_file()]
     if missing:
         raise ConfigError(
             f"{' and '.join(missing)} not found; the demo uses the project's samples: run it in the root of a clone."
         )
     if out.exists():
-        if not (out / mark).is_file() and any(out.iterdir()):
-            raise ConfigError(f"{out} holds something that is not {what}; give --out a new or empty folder.")
+        if not (out / MARK).is_file() and any(out.iterdir()):
+            raise ConfigError(
+                f"{out} is not marked as a demo's: it holds something, but no {MARK}; delete it if it is an earlier demo, or "
+                "give --out a new or empty folder."
+            )
         shutil.rmtree(out)
+    write_text(out / MARK, json.dumps({"demo": str(config)}) + "\n")
 
 
 def verdict(metrics: dict[str, Any]) -> str:

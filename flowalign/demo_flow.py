@@ -33,7 +33,7 @@ def demo_flow(out: Path = Path("runs/demo-flow")) -> dict[str, Any]:
     ConfigError outside a clone of the project, and where `out` holds something else.
     """
     started = time.perf_counter()
-    begin(out, CONFIG, "flow/config.yaml", "this demo")
+    begin(out, CONFIG)
     print(f"1/3  fit: {FIT_STEPS} steps of {BATCH} pairs that prefer Fluent drawings to Noto ones", flush=True)
     flow = out / "flow"
     fitted = runs.fit_flow(

@@ -1,10 +1,11 @@
 """Atomic writes: a reader, or a run killed at any instant, sees the old file or the new one, never a part of it.
 
-And lines of text, as JSON lines are to be read.
+And lines of text, as JSON lines are to be read; and whether there is a place for what is to be written.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -14,9 +15,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowalign.errors import ConfigError
+
 SUFFIX = ".tmp"
 STALE = 24 * 3600.0
 """Seconds without a write after which a temporary file is a killed process's; a running one may compute for long before."""
+
+
+def check_file(out: Path, what: str = "out") -> None:
+    """Raises ConfigError where `out` cannot become a file: before an hour of work rather than after it. Makes nothing.
+
+    what: what `out` is called where it comes from.
+    """
+    if out.is_dir():
+        raise ConfigError(f"{what} is {out}, which is a folder; give a file's name.")
+    _check_below(out.parent, out, what)
+
+
+def check_folder(out: Path, what: str = "out") -> None:
+    """The same where `out` is to become a folder, or is one."""
+    if os.path.lexists(out) and not out.is_dir():
+        raise ConfigError(f"{what} is {out}, which is a file; give a folder.")
+    _check_below(out, out, what)
+
+
+def _check_below(folder: Path, out: Path, what: str) -> None:
+    there = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    problem = 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+    if problem := problem if there.is_dir() else errno.ENOTDIR:
+        raise ConfigError(f"{what} is {out}, where nothing can be written ({os.strerror(problem)}); choose another place.")
 
 
 @contextmanager

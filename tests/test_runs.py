@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_compiled_training_gives_the_same_numbers(run: Callable[..., Path]) -> N
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.device=tpu"], "device 'tpu' is not available here; did you mean 'cpu'? allowed: auto, cpu, cuda, mps."),
+        (["train.device=tpu"], "device 'tpu' is not available here; did you mean 'cpu'? allowed: auto, cpu"),
         (["train.precision=fp16"], "train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16."),
         (["objective.name=dpoo"], "did you mean 'dpo'? allowed: all_pairs, alpha_dpo, apo_down"),
         (["objective.gamma=1.0"], "objective.gamma is not a knob of 'dpo'"),
@@ -260,6 +261,49 @@ def test_a_checkpoint_and_its_run_are_drawn_alike_and_judged(
     )
     assert found["generators"]["base"] != found["generators"]["aligned"]
     assert "data:image" in (tmp_path / "report.html").read_text()
+
+
+def test_prompts_are_asked_for_where_something_is_drawn_and_only_there(
+    brightness: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures_of = [str(generated(tmp_path / name, 51)) for name in ("one", "two")]
+    rest = ["--judges", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(["evaluate", *pictures_of, "--prompts", "a", *rest]) == 2
+    assert "are folders of pictures, so nothing is drawn; leave --prompts out" in sentence(capsys.readouterr().err)
+    for sides in (["nowhere", pictures_of[0]], [pictures_of[0], "nowhere"], ["nowhere", "nowhere"]):
+        assert cli.main(["evaluate", *sides, *rest]) == 2
+        assert "nowhere is no folder of pictures" in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["evaluate", *pictures_of, *rest]) == 0
+
+
+def test_a_flow_that_is_none_is_found_before_pictures_are_drawn(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--prompts", "a", "--flow", str(tmp_path / "wrong"), "--steps", "1", "--out", str(tmp_path / "out")]
+    assert cli.main(["generate", str(folders["epsilon"]), *how]) == 2
+    assert "wrong" in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_stopped_before_it_began_says_how_it_goes_on(
+    settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no folder that `--resume` could read settings from, until there is."""
+
+    def stopping(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("flowalign.runs.training"), "prepare", stopping)
+        found = runs.align(settings(tmp_path / "run"), progress=False)
+    assert not found["finished"]
+    assert found["summary"].endswith("Continue with the same command.")
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("flowalign.runs.training"), "fit", stopping)
+        found = runs.align(settings(tmp_path / "run"), progress=False)
+    assert found["summary"].endswith(f"no step is saved yet. Continue with: flowalign align {tmp_path / 'run'} --resume")
+    assert cli.main(["align", str(tmp_path / "run"), "--resume"]) == 0
 
 
 def test_evaluating_without_judges_says_how_to_name_them(

@@ -68,19 +68,19 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser, out: Path) -> None:
-    """How pictures are drawn: prompts, seeds, steps and so on; out: the default folder."""
+def add_sampling(parser: argparse.ArgumentParser, out: Path, *, always: bool = True) -> None:
+    """How pictures are drawn: prompts, seeds, steps and so on; out: the default folder; always: something is drawn for sure."""
     parser.add_argument(
         "--prompts",
         nargs="+",
-        required=True,
+        required=always,
         metavar="FILE|TEXT",
-        help="text, .txt (one per line) or .jsonl files with a prompt",
+        help="text, .txt (one per line) or .jsonl files with a prompt" + ("" if always else ", for sides that are drawn"),
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
     seeds = parser.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=natural, nargs="+", metavar="N", default=[0], help="one picture per prompt and seed (0)")
-    seeds.add_argument("--seed", type=natural, nargs=1, dest="seeds", metavar="N", help="the same with one seed")
+    seeds.add_argument("--seeds", type=seed, nargs="+", metavar="N", default=[0], help="one picture per prompt and seed (0)")
+    seeds.add_argument("--seed", type=seed, nargs=1, dest="seeds", metavar="N", help="the same with one seed")
     parser.add_argument("--out", type=Path, metavar="DIR", default=out, help="where to write (%(default)s)")
     parser.add_argument("--steps", type=positive, default=25, help="denoising steps (%(default)s)")
     parser.add_argument("--guidance", type=scale, default=5.0, help="classifier-free guidance scale (%(default)s)")
@@ -108,6 +108,13 @@ def natural(text: str) -> int:
     value = int(text) if text.strip().isdecimal() else -1
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that tables and generators of random numbers can hold: 0 to 2**63 - 1."""
+    if (value := natural(text)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large for a seed: give less than {2**63}")
     return value
 
 

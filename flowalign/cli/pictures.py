@@ -51,7 +51,7 @@ def add(command: Command) -> None:
     for name in ("base", "aligned"):
         evaluate.add_argument(name, metavar=name.upper(), help="a checkpoint, a run folder or a folder that generate wrote")
     evaluate.add_argument("--judges", type=Path, metavar="DIR", help="folder of judges; by default those of the run")
-    add_sampling(evaluate, Path("runs/evaluate"))
+    add_sampling(evaluate, Path("runs/evaluate"), always=False)
 
     report = command("report", _report, "Write the report page of a run again.")
     report.add_argument("run", type=Path, metavar="RUN", help="a run folder")
@@ -65,7 +65,7 @@ def add(command: Command) -> None:
         help="align the bundled tiny model (%(default)s), or put a flow behind it and hold that against best-of-n",
     )
     shown = ", ".join(f"{folder} for {name}" for name, folder in DEMOS.items())
-    demo.add_argument("--out", type=Path, metavar="DIR", help=f"the folder to write to ({shown})")
+    demo.add_argument("--out", type=Path, metavar="DIR", help=f"where to write; replaces an earlier demo there ({shown})")
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,9 +86,10 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from flowalign import runs
 
-    return runs.evaluate(
-        options.base, options.aligned, read_prompts(options), judges=options.judges, out=options.out, **sampling(options)
-    )
+    if options.prompts is None and options.limit is not None:
+        raise ConfigError(f"--limit {options.limit} says how many of --prompts are drawn; give them, or leave it out.")
+    prompts = [] if options.prompts is None else read_prompts(options)
+    return runs.evaluate(options.base, options.aligned, prompts, judges=options.judges, out=options.out, **sampling(options))
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowalign.cli.arguments import PRECISIONS, Command, natural, positive, scale
+from flowalign.cli.arguments import PRECISIONS, Command, positive, scale, seed
 
 METHODS = ("winrate", "temperature", "platt", "isotonic")
 TIES = ("half", "rao_kupper", "davidson")
@@ -33,7 +33,7 @@ def add(command: Command) -> None:
     calibrate.add_argument(
         "--out", type=Path, metavar="FILE", help="calibration .json or new table .parquet; by default TABLE-calibrated.*"
     )
-    calibrate.add_argument("--seed", type=natural, default=0, metavar="N", help="of folds and intervals (%(default)s)")
+    calibrate.add_argument("--seed", type=seed, default=0, metavar="N", help="of folds and intervals (%(default)s)")
 
     select = command("select", _select, "Pick comparisons from a score table, or the most telling ones of a file of them.")
     select.add_argument("source", metavar="SOURCE", help="a score table; comparisons for explicit, implicit, potential")
@@ -53,7 +53,7 @@ def add(command: Command) -> None:
     select.add_argument("--plan", type=Path, metavar="FILE", help="steered: weights as drawn by, a plan.jsonl of improve")
     select.add_argument("--temperature", type=scale, metavar="B", help="of rso, in the score's unit (0.5)")
     select.add_argument("--labels", choices=("votes", "rates", "mixture"), help="%(choices)s (votes)")
-    select.add_argument("--seed", type=natural, default=0, metavar="N", help="of random, rso and steered (%(default)s)")
+    select.add_argument("--seed", type=seed, default=0, metavar="N", help="of random, rso and steered (%(default)s)")
 
     margins = command("margins", _margins, "Add to comparisons by how much a model prefers the chosen picture already.")
     margins.add_argument("checkpoint", metavar="MODEL", help="a checkpoint, or a run folder")
@@ -64,7 +64,7 @@ def add(command: Command) -> None:
     margins.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a .jsonl file with the column implicit_margin"
     )
-    margins.add_argument("--seed", type=natural, default=0, metavar="N", help="of the draws (%(default)s)")
+    margins.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (%(default)s)")
     margins.add_argument("--resolution", type=positive, metavar="PX", help="by default the checkpoint's own")
     margins.add_argument("--batch-size", type=positive, default=8, metavar="N", help="comparisons at a time (%(default)s)")
     margins.add_argument("--limit", type=positive, metavar="N", help="only the first N comparisons")

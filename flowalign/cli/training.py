@@ -27,6 +27,7 @@ def add(command: Command) -> None:
     adapt.add_argument("pairs", metavar="PAIRS", help="comparisons that the new user judged, four or more")
     adapt.add_argument("--user", required=True, metavar="NAME", help="what to call the new user")
     adapt.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder that knows the new user too")
+    adapt.add_argument("--resume", action="store_true", help="continue where an earlier adapt into this folder stopped")
     adapt.add_argument("--steps", type=positive, default=60, metavar="N", help="optimizer steps (%(default)s)")
     adapt.add_argument("--learning-rate", type=scale, default=0.05, help="of the embedding (%(default)s)")
     add_overrides(adapt)
@@ -81,6 +82,7 @@ def _adapt(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         learning_rate=options.learning_rate,
         overrides=options.overrides,
+        resume=options.resume,
     )
 
 

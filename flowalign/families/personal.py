@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flowalign import plugins
-from flowalign.errors import CheckpointError
+from flowalign.errors import CheckpointError, ConfigError, allowed
 from flowalign.families.loading import FAILURES, USERS, digest, family_of
 from flowalign.families.steer import Plain, Telling, folder_of, put
 from flowalign.families.users import Users, attentions_of
@@ -66,6 +66,12 @@ class Personal(Telling):
     def named(self, row: Sequence[float]) -> dict[str, float]:
         """Shares by user, of those who have any."""
         return {name: share for name, share in super().named(row).items() if share}
+
+    def row(self, weights: Mapping[str, float] | None) -> tuple[float, ...]:
+        for name in weights or ():
+            if name not in self.names:
+                raise ConfigError(f"the user {name!r} is not known to the run; {allowed(name, self.names)}.")
+        return super().row(weights)
 
     def attach(self, pipeline: Any) -> None:
         """Stand between the pipeline and its encoding of prompts, and beside its denoiser's attentions.

@@ -9,7 +9,9 @@ from typing import Any
 
 from flowalign import config as configuration
 from flowalign.errors import CheckpointError, ConfigError
+from flowalign.runs.folders import check_no_loop, fresh
 from flowalign.runs.training import align
+from flowalign.train.rundir import RunDir
 
 
 def adapt(
@@ -29,11 +31,13 @@ def adapt(
     The embedding starts as the mean of those of the known users and is trained as they were, against the model without any,
     at a constant rate and without an average of the weights: in so few steps that would stay where it started.
     pairs: comparisons that the user judged. out: a run folder that knows this user besides those of `run`. overrides: settings,
-    as "a.b=c". Returns what `align` does. Raises ConfigError and CheckpointError.
+    as "a.b=c". resume: go on with what an earlier call left in `out`. Returns what `align` does. Raises ConfigError and
+    CheckpointError.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"{run} is not a run folder: it holds no config.yaml; give the folder of a run with users.")
+    check_no_loop(Path(run))
     known = configuration.load(path, [])
     if known.users is None:
         raise ConfigError(f"{run} was trained without a section users, so nobody can be taken in; give a run with one.")
@@ -61,4 +65,6 @@ def adapt(
     if known.trainable.kind == "full":  # the model that was learned, not the one that it began as
         settings |= {"model.checkpoint": str(Path(run) / "weights"), "model.revision": None, "model.variant": None}
     given = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    return align(configuration.load(path, [*given, *overrides]), resume=resume, progress=progress)
+    adapting = configuration.load(path, [*given, *overrides])
+    fresh(RunDir(Path(adapting.output)), resume, adapting.train.steps, flag="--out")
+    return align(adapting, resume=resume, progress=progress)

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from flowalign.data.readers import open_comparisons
+from flowalign.data.writer import check_not_source
 from flowalign.device import choose_device
 from flowalign.errors import ConfigError
+from flowalign.files import check_file
 from flowalign.scoring.calibration import SCORES, Calibration, Measured, read_calibration
 from flowalign.scoring.calibration import calibrate as fit
 from flowalign.scoring.features import Seen
@@ -48,6 +50,11 @@ def calibrate(
     UserError.
     """
     new, saved = _files(table, fitted, out)
+    for file in (new, saved) if fitted is None else (new,):
+        check_file(file)
+        for read in (table, base, pairs, fitted):
+            if read is not None:
+                check_not_source(file, read)
     scores = read_table(table)
     labelled = None
     seen = None if general in (None, SCORES) else Seen(str(general), choose_device(device), progress=progress)

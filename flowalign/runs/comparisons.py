@@ -12,7 +12,7 @@ from flowalign.data.writer import check_not_source, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, allowed
 from flowalign.evaluate.audit import Audit
 from flowalign.evaluate.audit import audit as ask
-from flowalign.files import write_text
+from flowalign.files import check_file, check_folder, write_text
 from flowalign.report.audit import write_audit_page
 from flowalign.scoring.table import read_table
 
@@ -50,7 +50,11 @@ def audit(
     if write_filtered is not None and write_filtered.suffix != ".jsonl":
         raise ConfigError(f"the filtered comparisons are JSON lines and {write_filtered} does not end with .jsonl; rename it.")
     if write_filtered is not None:
-        check_not_source(write_filtered, source, "--write-filtered")
+        check_file(write_filtered, "write-filtered")
+        for read in (source, table, against):
+            if read is not None:
+                check_not_source(write_filtered, read, "--write-filtered")
+    check_folder(out)
     comparisons = open_comparisons(source, format=format, split=split, columns=columns)
     other = (
         None if against is None else (open_comparisons(against, format=format, split=split, columns=columns), _name(against))

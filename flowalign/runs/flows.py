@@ -19,7 +19,7 @@ from flowalign.errors import DataError
 from flowalign.evaluate.compare import SAMPLER_KEYS, evaluate_folders, read_generation
 from flowalign.evaluate.identity import nearest_is_own
 from flowalign.evaluate.judges import ImageTower, load_judges, to_pixels
-from flowalign.files import atomic, atomic_folder, write_text
+from flowalign.files import atomic, atomic_folder, check_folder, write_text
 from flowalign.flow.apply import apply_folder
 from flowalign.flow.folders import TABLE, list_pictures
 from flowalign.flow.improve import Chain, Flow, load_flow
@@ -28,8 +28,7 @@ from flowalign.report.flow_card import write_flow_card
 from flowalign.report.page import write_report
 from flowalign.runs.flow_fit import last_metrics, train_field
 from flowalign.runs.flow_parts import FlowParts, prepare_flow
-from flowalign.runs.folders import fresh, judges_of
-from flowalign.train.checkpoint import states, step_of
+from flowalign.runs.folders import fresh, judges_of, stopped
 from flowalign.train.ranks import peers
 from flowalign.train.rundir import RunDir
 
@@ -76,9 +75,7 @@ def fit_flow(config: FlowConfig, *, resume: bool = False, progress: bool = True)
     if not accelerator.is_main_process:
         return result | {"summary": None}
     if not finished or parts is None:
-        saved = states(run.states)
-        where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
-        return result | {"summary": f"stopped; {where}. Continue with: flowalign flow fit {run.path} --resume"}
+        return result | {"summary": stopped(run, "flow fit")}
     flow = parts.flow(accelerator.device, parts.domain())
     with atomic_folder(run.weights) as temporary:
         flow.save(temporary)
@@ -164,6 +161,7 @@ def apply_flow(
 
     `out` gets the pictures and a `metadata.jsonl` that says of each how far it was moved. What is there already is left alone.
     """
+    check_folder(out)
     flow = load_flow(run, device=choose_device(device))
     options = {
         "solver": solver,
@@ -173,8 +171,21 @@ def apply_flow(
         "guidance": guidance,
         "batch_size": batch_size,
     }
+    return apply_opened(_told_how(flow, options), source, out=out, prompt=prompt, diagnose=diagnose, progress=progress)
+
+
+def apply_opened(
+    flow: Flow | Chain,
+    source: Path,
+    *,
+    out: Path,
+    prompt: str | None = None,
+    diagnose: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`apply_flow` of one that is loaded and told how."""
     started = time.perf_counter()
-    rows = apply_folder(_told_how(flow, options), source, out, prompt=prompt, diagnose=diagnose, progress=progress)
+    rows = apply_folder(flow, source, out, prompt=prompt, diagnose=diagnose, progress=progress)
     return _told(out, rows, time.perf_counter() - started)
 
 
@@ -222,6 +233,7 @@ def evaluate_flow(
     `out` gets both, `evaluation.json` and `report.html`. `judges` may be left out where the run's configuration names them.
     Raises ConfigError where no judges are known.
     """
+    check_folder(out)
     place = choose_device(device)
     chosen = load_judges(judges or judges_of(run, FlowConfig), place)
     options = {"strength": strength, "steps": steps, "iterations": iterations, "guidance": guidance, "solver": solver}

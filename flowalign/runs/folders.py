@@ -12,7 +12,7 @@ from flowalign import config as configuration
 from flowalign.data.cache import clear, usage
 from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.loading import LORA
-from flowalign.files import atomic
+from flowalign.files import atomic, check_file, check_folder
 from flowalign.flow.settings import FlowConfig
 from flowalign.improve_settings import ImproveConfig
 from flowalign.report.card import write_card
@@ -28,20 +28,43 @@ IMPROVED = "improve.json"
 """What the folder of an improvement loop holds, and no other."""
 
 
-def fresh(run: RunDir, resume: bool, steps: int | None = None) -> None:
-    """Raises ConfigError for a folder that is in use, unless the run in it is to go on, and has no more steps than `steps`."""
+def fresh(run: RunDir, resume: bool, steps: int | None = None, *, flag: str = "--output", goes_on: bool = True) -> None:
+    """Raises ConfigError for what is no folder, and one that is in use, unless the run in it is to go on, and has no more steps
+    than `steps`.
+
+    flag: of the command line that gives the folder. goes_on: whether what writes it can go on with it at all.
+    """
+    check_folder(run.path, flag.removeprefix("--"))
     saved = states(run.states)
     if resume and saved and steps is not None and step_of(saved[-1]) > steps:
         done = step_of(saved[-1])
         raise ConfigError(
             f"train.steps is {steps}, and {run.path} has trained {done} steps already, which are not taken back; set "
-            f"train.steps={done} to finish with what there is, more to go on, or give another folder with --output."
+            f"train.steps={done} to finish with what there is, more to go on, or give another folder with {flag}."
         )
     if (run.config.exists() or saved) and not resume:
+        again = "add --resume to continue that run, or " if goes_on else ""
+        name = flag.removeprefix("--")
         raise ConfigError(
-            f"output {run.path} already holds a run; allowed: an empty folder; add --resume to continue that run, or give "
-            "another folder with --output."
+            f"{name} {run.path} already holds a run; allowed: an empty folder; {again}give another folder with {flag}."
         )
+
+
+def stopped(run: RunDir, command: str) -> str:
+    """What a run that was stopped says, and how it goes on: one that had not begun has no settings to go on by."""
+    if not run.config.is_file():
+        return "stopped before the first step; what was computed is kept in the cache. Continue with the same command."
+    saved = states(run.states)
+    where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
+    return f"stopped; {where}. Continue with: flowalign {command} {run.path} --resume"
+
+
+def check_no_loop(run: Path) -> None:
+    """Raises CheckpointError for the folder of a loop, which is no run of its own but holds one a round."""
+    if (run / "rounds").is_dir():
+        aligned = sorted(run.glob("rounds/*/align"))
+        other = f"the run of one of its rounds, such as {aligned[-1]}" if aligned else "the folder of a run"
+        raise CheckpointError(f"{run} is the folder of a loop of rounds; give {other}.")
 
 
 def newest(lines: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -83,6 +106,7 @@ def export_kohya(run: Path, out: Path | None = None) -> dict[str, Any]:
     kind = ImproveConfig if (run / "improve.json").is_file() else Config
     settings = configuration.load_tree(kind, run / "config.yaml").trainable
     path = out or run / "weights" / "kohya.safetensors"
+    check_file(path)
     alpha = settings.rank if settings.alpha is None else settings.alpha
     with atomic(path) as temporary:
         save_file(kohya(load_file(source), alpha / settings.rank), temporary)

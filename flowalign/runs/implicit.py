@@ -24,6 +24,7 @@ from flowalign.errors import DataError
 from flowalign.families.base import Family
 from flowalign.families.loading import open_family
 from flowalign.families.sampling import PRECISIONS
+from flowalign.files import check_file
 from flowalign.scoring.order import IMPLICIT
 from flowalign.sources import cache_folder
 
@@ -55,6 +56,7 @@ def margins(
     comparisons share. resolution: by default the checkpoint's own. What was found out is kept beside `out` until that is whole,
     so a run that was killed goes on; rows that cannot be used are left out and counted. Raises UserError.
     """
+    check_file(out)
     check_not_source(out, source)
     comparisons = open_comparisons(source, format=format, split=split, limit=limit)
     for place in range(len(comparisons)):  # what cannot be named is refused before anything is computed

@@ -15,7 +15,7 @@ from flowalign.errors import CheckpointError, ConfigError, reason
 from flowalign.families.loading import FAILURES, LORA, find_lora, open_family
 from flowalign.files import atomic_folder, write_text
 from flowalign.report.card import MADE, write_card
-from flowalign.runs.folders import fresh
+from flowalign.runs.folders import check_no_loop, fresh
 from flowalign.settings import Config
 from flowalign.train.merging import BACK, Factors, compressed, merge_factors, merge_weights, shares
 from flowalign.train.rundir import RunDir
@@ -44,7 +44,7 @@ def merge(
     if not 0 <= back <= 1:
         raise ConfigError(f"back is {back:g}; give 0, which stays, to 1, which is the base.")
     folder = RunDir(out)
-    fresh(folder, resume=False)
+    fresh(folder, resume=False, flag="--out", goes_on=False)
     settings = [_settings(run) for run in runs]
     bases = {_base(each) for each in settings}
     if len(bases) > 1:
@@ -89,6 +89,7 @@ def merge(
 
 def _settings(run: str) -> Config:
     path = Path(run).expanduser()
+    check_no_loop(path)
     if not (path / "weights").is_dir() or not (path / "config.yaml").is_file():
         raise CheckpointError(f"{run} is not the folder of a finished run; give folders that flowalign align wrote.")
     return configuration.load(path / "config.yaml")

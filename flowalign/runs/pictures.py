@@ -15,7 +15,8 @@ from flowalign.families.loading import open_checkpoint
 from flowalign.families.personal import personal
 from flowalign.families.sampling import PRECISIONS, SamplerSettings, write_images
 from flowalign.families.steer import load_steering, steered
-from flowalign.files import write_text
+from flowalign.files import check_folder, write_text
+from flowalign.flow.folders import TABLE
 from flowalign.runs.folders import judges_of, report
 from flowalign.runs.mixing import open_mixed
 from flowalign.settings import Config
@@ -52,10 +53,17 @@ def generate(
     away from, such as one of reversed preferences, in place of the negative prompt's prediction; with a strength of 0 it is not
     asked.
     """
+    check_folder(out)
     settings = SamplerSettings(sampler=sampler, steps=steps, guidance=guidance, precision=precision)
     opening = {"dtype": PRECISIONS[precision], "device": choose_device(device)}
     if (checkpoint is None) != bool(mix):
         raise ConfigError("pictures are drawn by one checkpoint or by a mix of several; give one of the two.")
+    moving = None
+    if flow is not None:  # before the first picture is drawn: it may be none
+        from flowalign.flow.improve import load_flow
+        from flowalign.runs.flows import apply_opened
+
+        moving = load_flow(flow, device=choose_device(device))
     if mix or (negative is not None and negative_strength):
         if weights is not None or targets is not None or user is not None:
             said = "weights steer" if weights is not None else "targets steer" if targets is not None else "a user is known to"
@@ -67,13 +75,11 @@ def generate(
         pipeline, name = open_checkpoint(str(checkpoint), **opening), None
         _tell(pipeline, str(checkpoint), weights, targets, user)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    drawn = out if flow is None else out / "before"
+    drawn = out if moving is None else out / "before"
     texts, starts = [prompt for prompt, _ in wanted], [seed for _, seed in wanted]
     paths = write_images(drawn, pipeline, texts, starts, settings, generator=name, batch_size=batch_size, progress=progress)
-    if flow is not None:
-        from flowalign.runs.flows import apply_flow
-
-        return apply_flow(flow, drawn, out=out, device=device, progress=progress)
+    if moving is not None:
+        return apply_opened(moving, drawn, out=out, progress=progress)
     return {"out": str(out), "pictures": len(paths), "summary": f"{len(paths)} pictures in {out}"}
 
 
@@ -101,7 +107,7 @@ def _tell(
 def evaluate(
     base: str,
     aligned: str,
-    prompts: Sequence[str],
+    prompts: Sequence[str] = (),
     *,
     judges: Path | None = None,
     seeds: Sequence[int] = (0,),
@@ -117,14 +123,22 @@ def evaluate(
     """Compare two generators on the same prompts and seeds; `out` gets pictures, `evaluation.json` and `report.html`.
 
     `base` and `aligned` are checkpoints, run folders, or folders of pictures that `generate` wrote; the page shows the pictures
-    where both sides were drawn, and the result names those that were. `judges` may be left out where `aligned` is a run whose
-    configuration names them.
+    where both sides were drawn, and the result names those that were. `prompts` are for sides that are drawn. `judges` may be
+    left out where `aligned` is a run whose configuration names them. Raises ConfigError for prompts that nothing is drawn for,
+    and for none where something is.
     """
+    check_folder(out)
+    given = [source for source in (base, aligned) if (Path(source) / TABLE).is_file()]
+    if not prompts and len(given) < 2:
+        other = aligned if base in given else base
+        raise ConfigError(f"{other} is no folder of pictures, so they are drawn, and no prompts say of what; give --prompts.")
+    if prompts and len(given) == 2:
+        raise ConfigError(f"{base} and {aligned} are folders of pictures, so nothing is drawn; leave --prompts out.")
     judge_folder = judges or judges_of(aligned, Config)
     chosen = load_judges(judge_folder, choose_device(device))
     folders, drawn = [], []
     for side, source in (("base", base), ("aligned", aligned)):
-        if (Path(source) / "metadata.jsonl").is_file():
+        if source in given:
             folders.append(Path(source))
             continue
         folder = out / "evaluation" / side

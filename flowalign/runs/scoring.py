@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import time
@@ -18,6 +17,7 @@ from flowalign.data.writer import check_not_source
 from flowalign.device import choose_device
 from flowalign.errors import ConfigError, RunError, allowed
 from flowalign.families.sampling import PRECISIONS
+from flowalign.files import check_file
 from flowalign.report.scores import write_scores_page
 from flowalign.scoring.cache import ScoreCache
 from flowalign.scoring.engine import Scorer
@@ -117,12 +117,7 @@ def _check(out: Path, source: str) -> None:
     """Before an hour of scoring rather than after it. Raises ConfigError."""
     if out.suffix != ".parquet" or out.is_dir():
         raise ConfigError(f"out is {out}; a score table is a Parquet file, so give a file's name that ends with .parquet.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(f"out is {out}, where nothing can be written ({error.strerror}); choose another place.") from None
+    check_file(out)
     check_not_source(out, source)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flowalign.data.readers import open_comparisons, scan
 from flowalign.data.writer import check_not_source, others_of, row_of, write_comparisons
 from flowalign.errors import ConfigError, DataError, RunError, allowed, reason
-from flowalign.files import text_lines
+from flowalign.files import check_file, text_lines
 from flowalign.scoring.comparisons import AMONG, TIES, prompted, rows_of
 from flowalign.scoring.comparisons import select as select_pairs
 from flowalign.scoring.order import IMPLICIT, ORDERS, histogram_weights, order
@@ -73,7 +73,10 @@ def select(
     (`scoring.steered.steered`). What is None is as those functions have it. Raises UserError, also for an option that the way
     does not read, but for the seed, and RunError where nothing is left.
     """
-    check_not_source(out, source)
+    check_file(out)
+    for read in (source, plan):
+        if read is not None:
+            check_not_source(out, read)
     table_only = {"score": score, "most": most, "least": least, "ties": ties, "tie_width": tie_width, "labels": labels}
     table_only |= {"objectives": objectives or None, "alpha": alpha, "draws": draws, "plan": plan, "temperature": temperature}
     given = {name: value for name, value in table_only.items() if value is not None}
@@ -108,6 +111,8 @@ def select(
             rows = [rows[place] for place in order("explicit", gaps, gaps, [""] * len(rows))[: _count(ratio, len(rows))]]
         of = "pairs"
     else:
+        if by not in ORDERS and not Path(source).expanduser().exists():
+            raise DataError(f"{source} does not exist; give a score table, the Parquet file that flowalign calibrate wrote.")
         if by not in ORDERS:
             raise ConfigError(
                 f"by is {by!r}, which picks pairs from a score table, and {source} is none; give what flowalign calibrate "

@@ -25,7 +25,7 @@ from flowalign.plan.page import page
 from flowalign.plan.predict import predict
 from flowalign.report.page import read_lines
 from flowalign.rng import Keyed
-from flowalign.runs.folders import fresh, newest, report
+from flowalign.runs.folders import fresh, newest, report, stopped
 from flowalign.settings import Config
 from flowalign.setup import Prepared, prepare
 from flowalign.sources import FIRST
@@ -60,9 +60,7 @@ def align(config: Config, *, resume: bool = False, progress: bool = True) -> dic
     if not finished and not accelerator.is_main_process:
         return result | {"summary": None}
     if not finished:
-        saved = states(run.states)
-        where = f"step {step_of(saved[-1])} is saved" if saved else "no step is saved yet"
-        return result | {"summary": f"stopped; {where}. Continue with: flowalign align {run.path} --resume"}
+        return result | {"summary": stopped(run, "align")}
     accelerator.end_training()
     if not accelerator.is_main_process:
         return result | {"summary": None}

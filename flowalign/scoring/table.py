@@ -148,6 +148,8 @@ def read_table(path: Path) -> ScoreTable:
         if about["version"] != VERSION:
             raise DataError(f"{path} is a score table of version {about['version']}; this flowalign reads version {VERSION}.")
         cards = {card["name"]: Card(**card | {"range": tuple(card["range"])}) for card in about["rewards"]}
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; give the Parquet file that flowalign score wrote.") from error
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path} is not a score table ({reason(error)}); give the Parquet file that flowalign score wrote."

@@ -22,7 +22,7 @@ from flowalign.align.personal import Personal
 from flowalign.config import load, parse
 from flowalign.data.pairs import PairStream, fixed_draws
 from flowalign.device import make_accelerator
-from flowalign.errors import ConfigError
+from flowalign.errors import CheckpointError, ConfigError
 from flowalign.families.base import CONTEXT
 from flowalign.families.loading import USERS, open_checkpoint
 from flowalign.families.sampling import SamplerSettings, sample
@@ -240,6 +240,9 @@ def test_one_more_user_is_taken_in_and_nothing_else_changes(run: Path, tastes: d
     again = runs.adapt(tmp_path / "run2", str(tastes["eve"]), "dan", tmp_path / "run3", steps=1, progress=False)
     assert again["finished"]
     assert load_file(tmp_path / "run3" / "weights" / USERS)["embeddings"].shape[0] == 4
+    drawing = {"steps": 1, "out": tmp_path / "x", "progress": False}
+    with pytest.raises(ConfigError, match="the user 'nobody' is not known to the run; allowed: ann, bob, eve"):
+        runs.generate(str(tmp_path / "run2"), ["a"], user={"nobody": 1.0}, **drawing)
     with pytest.raises(ConfigError, match="knows"):
         runs.adapt(run, str(tastes["eve"]), "ann", tmp_path / "run4", progress=False)
 
@@ -271,6 +274,27 @@ def test_users_of_a_run_are_not_forgotten_in_silence(
     for use in (runs.align, runs.plan):
         with pytest.raises(ConfigError, match="knows users of its own, who would begin anew here; take one more in with"):
             use(config)
+
+
+def test_taking_in_goes_on_and_refuses_a_folder_in_use(run: Path, tastes: dict[str, Path], tmp_path: Path) -> None:
+    def adapt(steps: int, name: str, resume: bool = False) -> dict[str, torch.Tensor]:
+        runs.adapt(run, str(tastes["eve"]), "eve", tmp_path / name, steps=steps, resume=resume, progress=False)
+        return load_file(tmp_path / name / "weights" / USERS)
+
+    adapt(1, "halved")
+    with pytest.raises(ConfigError, match=r"out .* add --resume to continue that run, or give another folder with --out\."):
+        adapt(2, "halved")
+    halved, whole = adapt(2, "halved", resume=True), adapt(2, "whole")
+    assert all(torch.equal(halved[name], whole[name]) for name in whole)
+    with pytest.raises(ConfigError, match=r"give another folder with --out\."):
+        adapt(1, "halved", resume=True)
+
+
+def test_a_loop_is_no_run_to_take_a_user_into(tmp_path: Path) -> None:
+    (tmp_path / "rounds" / "00" / "align").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("prompts: a\nrewards: [style]\n")
+    with pytest.raises(CheckpointError, match=r"is the folder of a loop of rounds; give .* such as .*rounds/00/align\."):
+        runs.adapt(tmp_path, "four.jsonl", "eve", tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +282,15 @@ def test_a_field_of_tensors_is_fitted_in_a_folder_and_resumes(tmp_path: Path) ->
         runs.fit_field(again, pairs, tmp_path / "half", first, Match(), resume=True, progress=False)
     kept = load_field(tmp_path / "whole" / "weights")
     assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_a_fit_that_is_stopped_before_it_began_says_how_it_goes_on(
+    flow_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(import_module("flowalign.runs.flows"), "prepare_flow", stopping)
+    found = runs.fit_flow(flow_settings(tmp_path / "run"), progress=False)
+    assert not found["finished"]
+    assert found["summary"].endswith("Continue with the same command.")

@@ -500,7 +500,7 @@ def test_bad_rows_are_counted(tmp_path: Path) -> None:
         ("table", ["--by", "margin", "--least", "7"], "margin selects nothing from"),
         ("table", ["--by", "best_worst", "--ratio", "2"], "ratio is 2.0; it is a share"),
         ("table", ["--by", "best_worst", "--score", "mach"], "did you mean 'match'"),
-        ("none", ["--by", "frs"], "none.parquet is none"),
+        ("none", ["--by", "frs"], "none.parquet does not exist"),
         ("table", ["--by", "best_worst", "--temperature", "0.5"], "best_worst does not read, only rso"),
         ("pairs", ["--by", "potential", "--ties", "keep"], "ties is given, which a score table's pairs are picked with"),
     ],

@@ -262,7 +262,12 @@ def test_runs_of_different_bases_and_folders_in_use_are_refused(
     (other / "config.yaml").write_text(text.replace("steer: null", "steer: {objectives: [a, b]}"))
     with pytest.raises(CheckpointError, match="one of the runs is steered"):
         runs.merge([str(trained["one"]), str(other)], out=tmp_path / "out")
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match=r"^out .* already holds a run; allowed: an empty folder; give another .* --out\.$"):
         runs.merge([str(trained["one"]), str(trained["two"])], out=other)
+    for place in ("weights", "rounds/00/align", "rounds/01/align"):
+        (tmp_path / "loop" / place).mkdir(parents=True)
+    (tmp_path / "loop" / "config.yaml").write_text("prompts: a\nrewards: [style]\n")
+    with pytest.raises(CheckpointError, match=r"is the folder of a loop of rounds; give .* such as .*rounds/01/align\."):
+        runs.merge([str(trained["one"]), str(tmp_path / "loop")], out=tmp_path / "out")
     with pytest.raises(ConfigError, match="runs to merge is 0"):
         shares(None, 0, "linear")
