@@ -30,7 +30,17 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not available here; {allowed(name, ('auto', 'cpu', 'cuda', 'mps'))}.") from error
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        choices = ("auto", "cpu", *(kind for kind, here in there.items() if here))
+        raise ConfigError(f"device {name!r} is not available here; {allowed(name, choices)}.") from error
+    return device
+
+
+def training_device(train: Loop) -> torch.device:
+    """Where something is trained. Raises ConfigError for a device that is not there, or does not know the precision."""
+    device = choose_device(train.device)
+    if train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16.")
     return device
 
 
@@ -38,13 +48,11 @@ def open_accelerator(train: Loop, folder: Path) -> Accelerator:
     """An Accelerator for the device, precision and trackers of whatever is trained. Raises ConfigError, MissingExtraError."""
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    device = choose_device(train.device)
+    device = training_device(train)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32
         if device.index is not None:
             torch.cuda.set_device(device)
-    if train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision 'fp16' needs a GPU; allowed on a CPU: fp32, bf16.")
     AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in this process would keep the first one's
     zero = zero_plugin(train, device)
     precision = "no" if zero is not None or train.precision == "fp32" else train.precision  # or DeepSpeed casts weights

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flowalign import setup
-from flowalign.device import choose_workers
+from flowalign.device import choose_device, choose_workers
+from flowalign.errors import ConfigError
 from flowalign.runs import flow_parts
 from flowalign.settings import Config
 from flowalign.setup import Prepared
@@ -52,3 +53,15 @@ def test_a_run_sees_the_same_with_processes_that_read_ahead(prepared: Callable[.
     )
     for left, right in zip(own, ahead, strict=True):
         assert_same(left, right)
+
+
+@pytest.mark.parametrize("here", [(), ("cuda",), ("mps",)])
+def test_only_devices_that_are_here_are_offered(monkeypatch: pytest.MonkeyPatch, here: tuple[str, ...]) -> None:
+    """Of any kind there is none with this number."""
+    for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(module, "is_available", lambda kind=kind: kind in here)
+    for name in ("cuda:77", "mps:77", "gpu"):
+        with pytest.raises(ConfigError) as caught:
+            choose_device(name)
+        assert str(caught.value).endswith(f"allowed: {', '.join(sorted(('auto', 'cpu', *here)))}.")
+        assert f"did you mean {name!r}" not in str(caught.value)

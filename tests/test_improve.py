@@ -336,11 +336,15 @@ def test_other_settings_do_not_go_on_with_a_run(whole: Path, loop: Make) -> None
 
 def test_more_rounds_than_the_base_has_prompts_for_are_refused(loop: Make, tmp_path: Path) -> None:
     begun = tmp_path / "run"
-    begun.mkdir()
-    (begun / "config.yaml").write_text(config.dump(loop(begun, "draw.prompts=1", "rounds=2")))
-    with pytest.raises(ConfigError, match=r"begun with rounds 2, .* draw.prompts=1 gives each round its own"):
+    settings = loop(begun, "draw.prompts=1", "rounds=2")
+    pictures = Loop(settings).base / "pictures"
+    pictures.mkdir(parents=True)
+    (begun / "config.yaml").write_text(config.dump(settings))
+    (pictures / "plan.jsonl").write_text("".join(json.dumps(row.line()) + "\n" for row in Loop(settings).pool()))
+    (pictures / "drawn.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"from round 3 on .* draw.prompts=1 gives .*; allowed: rounds up to 2"):
         runs.improve(loop(begun, "draw.prompts=1", "rounds=3"), resume=True, progress=False)
-    assert not (begun / "rounds").exists()
+    assert not (begun / "rounds" / "00").exists()
 
 
 def test_an_alarm_ends_the_loop_and_the_round_before_is_kept(

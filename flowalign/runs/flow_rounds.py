@@ -163,7 +163,7 @@ def open_loop(config: ImproveConfig, progress: bool = True) -> Loop:
         )
     if not flow:
         loop = Loop(config, progress)
-        _ = loop.model
+        loop.check()
         return loop
     if config.replay.rounds:
         raise ConfigError(

@@ -15,7 +15,7 @@ from flowalign.align.reference import BEGINNING
 from flowalign.device import choose_device
 from flowalign.errors import CollapseError, ConfigError, NonFiniteError, RunError
 from flowalign.evaluate.rounds import Measured, best_of, signs, told
-from flowalign.files import atomic_folder, write_text
+from flowalign.files import atomic_folder, text_lines, write_text
 from flowalign.improve_settings import Calibrate, Generator, ImproveConfig, Select
 from flowalign.report.improve import write_improve_page
 from flowalign.runs.flow_rounds import open_loop
@@ -24,11 +24,18 @@ from flowalign.runs.measured import measure, trained_on
 from flowalign.runs.rounds import Loop, ahead, changed, draw_round, score_base, score_round, select_pairs, train_round
 from flowalign.runs.selection import check_options
 from flowalign.scoring.steered import STEERED
+from flowalign.settings import Train, Trainable
 from flowalign.train.rundir import RunDir
 
 LATER = ("best", "flow", "guard", "hacking", "rounds", "train.learning_rate")
 """Settings that a run may go on with other values of, beside `output`: they change no round that is finished, and are what a
 round that went wrong asks for."""
+UNTRAINED: Mapping[str, Any] = {
+    **dict.fromkeys(("objective", "reference", "sample"), True),
+    "train": set(Train.model_fields) - {"device", "precision"},
+    "trainable": set(Trainable.model_fields) - {"kind"},
+}
+"""The same while the first round has not begun to train: what nothing that was drawn or selected before was made with."""
 ASKING = set(Generator.model_fields) - {"url", "model", "size", "seed_field"}
 """The same of `generator`: how it is asked, not what."""
 LEARNING = {"weights": "align on", "flow": "fit a flow to"}
@@ -74,27 +81,37 @@ def _checked(config: ImproveConfig, run: RunDir) -> Mapping[str, float]:
     if run.config.is_file():
         free: dict[str, Any] = {"output": True, "generator": ASKING}
         free |= {section: {name} if name else True for section, _, name in (each.partition(".") for each in LATER)}
+        trained = RunDir(Loop(config).learned(0)).config.is_file()
+        free |= {} if trained else UNTRAINED
         begun = configuration.load_tree(ImproveConfig, run.config)
         old, new = begun.model_dump(mode="json", exclude=free), config.model_dump(mode="json", exclude=free)
         different = [name for name in new if new[name] != old[name]]
         if different:
+            first = "" if trained else f" and, before the first round trains, {', '.join(UNTRAINED)}"
             raise ConfigError(
                 f"{run.path} was begun with another {' and '.join(different)}; a loop goes on with the settings it has, but "
-                f"for {', '.join(LATER)}, so give another folder with --output."
+                f"for {', '.join(LATER)}{first}, so give another folder with --output."
             )
-        _check_rounds(config, begun.rounds, run)
+        _check_rounds(Loop(config))
     return trained_on(config)
 
 
-def _check_rounds(config: ImproveConfig, before: int, run: RunDir) -> None:
-    """Raise ConfigError where more rounds have prompts that the base did not draw: all rounds share its calibration."""
-    more, fewer = (len(Loop(config.model_copy(update={"rounds": each})).pool()) for each in (config.rounds, before))
-    if more > fewer:
-        raise ConfigError(
-            f"{run.path} was begun with rounds {before}, and further ones take prompts that its base has not drawn, because "
-            f"draw.prompts={config.draw.prompts} gives each round its own; allowed: rounds up to {before}, or another folder "
-            "with --output."
-        )
+def _check_rounds(loop: Loop) -> None:
+    """Raise ConfigError where rounds have prompts that the base did not draw: all share its calibration.
+
+    What counts is what it drew, not the number of rounds that the run was begun or went on with.
+    """
+    pictures = loop.base / "pictures"
+    if not (pictures / "drawn.json").is_file():
+        return
+    drawn = {json.loads(line)["prompt"] for line in text_lines(pictures / "plan.jsonl")}
+    for number in range(loop.config.rounds):
+        if not {row.prompt for row in loop.plan(number)} <= drawn:
+            raise ConfigError(
+                f"rounds is {loop.config.rounds}, and from round {number + 1} on there are prompts that the base of "
+                f"{loop.folder} has not drawn, because draw.prompts={loop.config.draw.prompts} gives each round its own; "
+                f"allowed: rounds up to {number}, or another folder with --output."
+            )
 
 
 def _check_picking(config: ImproveConfig) -> None:

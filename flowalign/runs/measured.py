@@ -13,7 +13,7 @@ from PIL import Image
 from flowalign.data.drawing import Row
 from flowalign.data.weights import are_even, grid
 from flowalign.device import choose_device
-from flowalign.errors import ConfigError
+from flowalign.errors import ConfigError, RunError
 from flowalign.evaluate.compare import Generated, read_generation
 from flowalign.evaluate.judges import ImageTower, load_judges, to_pixels
 from flowalign.evaluate.rounds import COMBINED, HYPERVOLUME, Measured
@@ -23,7 +23,7 @@ from flowalign.runs.rounds import Loop, draw
 from flowalign.runs.scoring import score
 from flowalign.scoring.loading import load_rewards
 from flowalign.scoring.rewards.base import Reward, Shelf
-from flowalign.scoring.table import read_table
+from flowalign.scoring.table import WHY, ScoreTable, read_table
 
 AT_ONCE, SMALL, TOWER = 32, 16, 128
 """Pictures judged together; sides in pixels of what diversity looks at."""
@@ -55,12 +55,29 @@ def measure(loop: Loop, source: str, folder: Path) -> Measured:
             found[judge.name] = [value for part in parts for value in part.tolist()]
         write_text(judged, json.dumps(found) + "\n")
     scores = read_table(table)
+    _check_scored(scores, table)
     drawn = {name: scores.oriented(name).reshape(-1, len(wanted)) for name in scores.rewards}
     values = {name: each[even] for name, each in drawn.items()}
     if judged.is_file():
         values |= {f"judge {name}": np.array(each) for name, each in json.loads(judged.read_text()).items()}
     front = {name: drawn[name].T for name in steer.objectives} if steer is not None and under else {}
     return Measured(tuple(prompt for prompt, _ in wanted), values, _features(loop, pictures), tuple(under), front)
+
+
+def _check_scored(scores: ScoreTable, table: Path) -> None:
+    """Raises RunError where a picture lacks a score, without which figures of the policy are not comparable with others'.
+
+    The table goes, so that a loop that goes on asks again; scores that there were are still in the cache.
+    """
+    for name in scores.rewards:
+        missing = np.flatnonzero(np.isnan(scores.raw(name)))
+        if len(missing):
+            place = int(missing[0])
+            picture, why = scores.texts("path")[place], scores.texts(WHY + name)[place]
+            table.unlink()
+            raise RunError(
+                f"{name} gave no score to {len(missing)} held-out pictures, the first {picture} ({why}); --resume tries again."
+            )
 
 
 def _opened(pictures: Sequence[Generated]) -> list[Image.Image]:

@@ -27,6 +27,7 @@ from flowalign.data import prompts as prompt_files
 from flowalign.data.drawing import Row, in_turn, mixed, parted, rows_of_round, unsteered
 from flowalign.data.readers import open_comparisons
 from flowalign.data.writer import others_of, row_of, write_comparisons
+from flowalign.device import training_device
 from flowalign.errors import ConfigError
 from flowalign.files import text_lines, write_text
 from flowalign.improve_settings import ImproveConfig, Select
@@ -42,6 +43,7 @@ from flowalign.scoring.steered import STEERED, drawn_weights
 from flowalign.scoring.table import read_table
 from flowalign.sections import Data, Model
 from flowalign.settings import Config
+from flowalign.setup import load_objective
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,12 @@ class Loop:
             sample=cfg.sample,
             output=str(self.learned(number)),
         )
+
+    def check(self) -> None:
+        """Raises what training would of the settings: before anything is drawn, which may take hours."""
+        aligning = self.aligning(0)
+        load_objective(aligning)
+        training_device(aligning.train)
 
     def draw(self, source: str, rows: Sequence[Row], folder: Path) -> None:
         """Draw rows into `folder` with a policy."""
