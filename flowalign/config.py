@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -127,7 +127,7 @@ def _sentence(tree: type[Section], error: Any, data: Any, source: str) -> str:
     if error["type"] == "missing" and key in fields:
         return f"{source}: {'.'.join([*sections, key])} is missing; set it to {fields[key].description}."
     if error["type"] == "literal_error":
-        return f"{source}: {path} cannot be {_show(value)}; {allowed(value, get_args(fields[key].annotation))}."
+        return f"{source}: {path} cannot be {_show(value)}; {allowed(value, _choices(fields[key].annotation))}."
     hint = "; put quotes around it" if error["type"] == "string_type" and isinstance(value, int | float) else ""
     what = "a value is missing at its end" if error["type"] == "missing" else _plain(error["msg"])
     return f"{source}: {path} cannot be {_show(value)}: {what}{hint}."
@@ -137,6 +137,12 @@ def _fields(annotation: Any) -> dict[str, Any]:
     """The keys of a section, which may be one that can be null; none of anything else."""
     kinds = [each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")]
     return dict(kinds[0].model_fields) if kinds else {}
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a Literal allows, which may be one that can be null."""
+    kinds = [each for each in (annotation, *get_args(annotation)) if get_origin(each) is Literal]
+    return [choice for kind in kinds for choice in get_args(kind)]
 
 
 def _locate(data: Any, loc: Sequence[int | str]) -> tuple[str, Any]:

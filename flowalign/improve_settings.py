@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from flowalign.flow.settings import Fitting
-from flowalign.sections import Below1, Model, Natural, Positive, Rate, Section, word
+from flowalign.sections import Below1, Model, Natural, Positive, Rate, Section, Seed, word
 from flowalign.settings import Guard, Objective, Reference, Sample, Steer, Switches, Train, Trainable
 
 Several = Annotated[int, Field(ge=2)]
@@ -69,7 +69,7 @@ class Draw(Section):
     """of the generator when it draws"""
     resolution: Positive | None = None
     """side in pixels, of drawing and training; null is the checkpoint's own"""
-    seed: Natural = 0
+    seed: Seed = 0
     """key of prompts, seeds and replay"""
 
 
@@ -138,7 +138,7 @@ class Evaluate(Section):
     weights: Annotated[int, Field(ge=3), AfterValidator(_odd)] = 3
     """steer: objective weights that each is drawn under, an odd number, of two objectives from corner to corner; of more always
     their corners and the middle"""
-    seed: Natural = 7
+    seed: Seed = 7
     """the first seed"""
     features: Literal["pixels", "tower"] = "pixels"
     """in what the pictures of a prompt differ: small copies of them, or what an image tower sees (extra demo)"""

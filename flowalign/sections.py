@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+"""Pictures' seeds are counted up from there, and their tables and generators know numbers below 2**63."""
 Rate = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -109,7 +111,7 @@ class Loop(Section):
     """run the denoiser through torch.compile"""
     tf32: bool = True
     """allow TF32 matrix products on the GPU"""
-    seed: Natural = 0
+    seed: Seed = 0
     """key of all randomness of the run"""
     log_every: Positive = 10
     """steps between two lines of metrics"""

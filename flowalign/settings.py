@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from flowalign.sections import Below1, Data, Fraction, Loop, Model, Natural, Positive, Rate, Section, word
+from flowalign.sections import Below1, Data, Fraction, Loop, Model, Natural, Positive, Rate, Section, Seed, word
 
 AUTO = "auto"
 """As `objective.beta`: found by a probe before the run begins."""
@@ -199,7 +199,7 @@ class Sample(Section):
     """denoising steps"""
     guidance: Annotated[float, Field(ge=0)] = 5.0
     """classifier-free guidance scale"""
-    seed: Natural = 0
+    seed: Seed = 0
     """key of the starting noise"""
     batch_size: Positive = 16
     """pictures drawn together"""

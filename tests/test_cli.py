@@ -204,6 +204,13 @@ def test_evaluate_passes_both_models(runs: Runs) -> None:
     assert only(runs) == ("evaluate", ("base", "runs/a", ["x"]), expected)
 
 
+def test_prompts_are_for_what_is_drawn(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "pictures", "others", "--judges", "j"]) == 0
+    assert only(runs)[1] == ("pictures", "others", [])
+    assert cli.main(["evaluate", "pictures", "others", "--limit", "3"]) == 2
+    assert "--limit 3 says how many of --prompts are drawn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "call"),
     [
@@ -310,6 +317,8 @@ def test_debug_shows_the_traceback_of_the_unexpected_only(runs: Runs) -> None:
         "generate m --prompts a --steps 0",
         "generate m --prompts a --steps 1.5",
         "generate m --prompts a --seeds -1",
+        "generate m --prompts a --seeds 9223372036854775808",
+        "select t --by random --out o --seed 99999999999999999999",
         "generate m --prompts a --seed 1 --seeds 2",
         "generate m --prompts a --guidance nan",
         "generate m --prompts a --guidance -1",
@@ -328,8 +337,32 @@ def test_arguments_that_cannot_be_parsed_exit_with_2(runs: Runs, capsys: pytest.
     with pytest.raises(SystemExit) as caught:
         cli.main(argv.split())
     assert caught.value.code == 2
-    assert "usage: flowalign" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "usage: flowalign" in err
+    assert out == ""
     assert runs.calls == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("align --json", "CONFIG"),
+        ("--json align", "CONFIG"),
+        ("fly --json", "fly"),
+        ("flow fit --json", "CONFIG"),
+        ("report r --json --wrong", "--wrong"),
+        ("generate m --prompts a --steps 0 --json", "0 is too few"),
+    ],
+)
+def test_machines_read_what_cannot_be_parsed(runs: Runs, capsys: pytest.CaptureFixture[str], argv: str, part: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    (said,) = json.loads(out).values()
+    assert said["type"] == "UsageError"
+    assert part in said["message"]
+    assert err.splitlines()[-1] == f"error: {said['message']}"
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["align", "--help"], ["plan", "--help"], ["evaluate", "--help"]])
@@ -370,5 +403,8 @@ def test_a_user_is_a_name_or_shares_of_several(runs: Runs, capsys: pytest.Captur
 
 def test_adapt_passes_who_is_taken_in(runs: Runs) -> None:
     assert cli.main(["adapt", "runs/a", "four.jsonl", "--user", "eve", "--out", "b", "--set", "train.seed=3"]) == 0
-    how = {"steps": 60, "learning_rate": 0.05, "overrides": ["train.seed=3"]}
+    how = {"steps": 60, "learning_rate": 0.05, "overrides": ["train.seed=3"], "resume": False}
     assert only(runs) == ("adapt", (Path("runs/a"), "four.jsonl", "eve", Path("b")), how)
+    runs.calls.clear()
+    assert cli.main(["adapt", "runs/a", "four.jsonl", "--user", "eve", "--out", "b", "--resume"]) == 0
+    assert only(runs)[2]["resume"] is True

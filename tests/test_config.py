@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
 from flowalign import config, plugins, yaml_text
 from flowalign.errors import ConfigError
-from flowalign.sections import Data, Model
+from flowalign.flow.settings import FlowConfig
+from flowalign.improve_settings import ImproveConfig
+from flowalign.sections import Data, Model, Section
 from flowalign.settings import Config
 
 SMALL = {"model": {"checkpoint": "tiny-sd"}, "data": {"train": "pairs.jsonl"}}
@@ -244,3 +248,56 @@ def test_the_configurations_that_ship_are_whole(path: Path) -> None:
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(plugins.load("objectives", name), eval_str=True).parameters
+
+
+TREES: dict[type[Section], dict[str, Any]] = {
+    Config: SMALL | {"steer": {"objectives": ["a", "b"]}, "users": {}},
+    FlowConfig: {"model": {"checkpoint": "m"}, "data": {"train": "pairs.jsonl"}, "scores": {"table": "t.parquet"}},
+    ImproveConfig: {
+        "model": {"checkpoint": "m"},
+        "generator": {"url": "http://a/v1", "model": "m"},
+        "prompts": "p.txt",
+        "rewards": ["style"],
+        "steer": {"objectives": ["a", "b"]},
+    },
+}
+WRONG = ("wrong", -1, 2**64, 2.5, math.inf, True, None, [], ["wrong"], [1], [[None]], {}, {"wrong": 1})
+
+
+def keys(tree: type[Section], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every setting of a tree."""
+    for name, field in tree.model_fields.items():
+        yield (*above, name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from keys(kind, (*above, name))
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.__name__)
+def test_whatever_is_written_for_any_setting_is_taken_or_one_sentence(tree: type[Section]) -> None:
+    config.parse_tree(tree, TREES[tree])
+    refusals = set()
+    for *sections, key in keys(tree):
+        for wrong in WRONG:
+            data = copy.deepcopy(TREES[tree])
+            place = data
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = wrong
+            try:
+                config.parse_tree(tree, data, "run.yaml")
+            except ConfigError as error:
+                refusals.add(((*sections, key), str(error)))
+    assert {path for path, _ in refusals} == set(keys(tree))
+    assert not [said for _, said in refusals if "\n" in said]
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: tree.__name__)
+def test_seeds_are_numbers_that_can_be_counted_up_and_held(tree: type[Section]) -> None:
+    seeds = [path for path in keys(tree) if path[-1] == "seed"]
+    assert seeds
+    for path in seeds:
+        name = ".".join(path)
+        with pytest.raises(ConfigError, match=rf"{name} cannot be {2**63}: "):
+            config.parse_tree(tree, TREES[tree], "run.yaml", [f"{name}={2**63}"])
+        config.parse_tree(tree, TREES[tree], "run.yaml", [f"{name}={2**61}"])

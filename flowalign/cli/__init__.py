@@ -7,12 +7,27 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from flowalign import __version__
 from flowalign.cli import audit, files, flow, improve, merging, pictures, rewards, scoring, selection, serve, training
 from flowalign.errors import FlowalignError
 from flowalign.heap import keep_freed_memory
+
+
+class UsageError(Exception):
+    """Arguments that cannot be parsed; `str()` of it says why, `usage` what a command takes."""
+
+    def __init__(self, usage: str, message: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `main` to say what cannot be parsed: to people, and to machines as well."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(self.format_usage(), message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     With --json the last line of standard output is the command's result, or {"error": {...}}, and everything meant for
     people goes to standard error. Raises SystemExit(2) for arguments that cannot be parsed, as argparse does.
     """
-    options = _parser().parse_args(_dashes(sys.argv[1:] if argv is None else argv))
+    given = _dashes(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser().parse_args(given)
+    except UsageError as error:
+        print(f"{error.usage}error: {error}", file=sys.stderr)
+        if "--json" in given:
+            _tell_machines(error, str(error))
+        raise SystemExit(2) from None
     keep_freed_memory()
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
@@ -46,8 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(options: argparse.Namespace, error: BaseException, message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, ensure_ascii=False))
+        _tell_machines(error, message)
     return code
+
+
+def _tell_machines(error: BaseException, message: str) -> None:
+    print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, ensure_ascii=False))
 
 
 def _dashes(argv: Sequence[str]) -> list[str]:
@@ -61,10 +87,10 @@ def _dashes(argv: Sequence[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("flowalign", description="Align Stable Diffusion on preference pairs.", allow_abbrev=False)
+    parser = _Parser("flowalign", description="Align Stable Diffusion on preference pairs.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"flowalign {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere = _Parser(add_help=False)
     everywhere.add_argument("--json", action="store_true", help="print the result as one line of JSON, the rest to stderr")
     everywhere.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from flowalign.sections import Data, Fraction, Loop, Natural, Positive, Rate, Section
+from flowalign.sections import Data, Fraction, Loop, Positive, Rate, Section, Seed
 
 
 class Model(Section):
@@ -142,7 +142,7 @@ class FlowConfig(Fitting):
     """a section with train"""
     scores: Scores | None = None
     """make the comparisons from a score table instead; null takes data.train"""
-    seed: Natural = 0
+    seed: Seed = 0
     """key of what is drawn when pairs are made from scores"""
     judges: str | None = None
     """folder of the judges that compare pictures before and after; null when there are none"""
