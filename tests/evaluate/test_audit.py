@@ -402,7 +402,7 @@ def test_the_bundled_comparisons_are_sound(root: Path, tmp_path: Path, capsys: p
     ("words", "part"),
     [
         (["--drop", "rows", "--write-filtered", "x.parquet"], "does not end with .jsonl"),
-        (["--table", "none.parquet"], "is not a score table"),
+        (["--table", "none.parquet"], "none.parquet does not exist"),
         (["--against", "none.jsonl"], "none.jsonl"),
         (["--columns", "prompt=words"], "words"),
     ],

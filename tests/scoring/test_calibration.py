@@ -347,7 +347,7 @@ def test_the_command_combines_as_it_is_told(on_disk: tuple[Path, Path]) -> None:
         (["--out", "t.csv"], "out is t.csv; give the calibration, NAME.json, or the new table, NAME.parquet"),
         (["--apply", "c.json", "--out", "d.json"], "give the new table, NAME.parquet"),
         (["--pairs", "none.jsonl"], "none.jsonl"),
-        (["--base", "none.parquet"], "none.parquet is not a score table"),
+        (["--base", "none.parquet"], "none.parquet does not exist"),
     ],
 )
 def test_mistakes_are_one_sentence_and_write_nothing(
