@@ -6,7 +6,7 @@
     reference   one forward of the reference over them, without gradients
     ours        the trainer's step: batch from the cache, noise, both forwards, loss, backward, clipping, AdamW
     bank        ours with the reference's errors read from a filled bank
-    late        bank, with LoRA on the attention of the up blocks alone, which spares a part of the backward pass
+    late        bank, with LoRA on the last attention alone, which spares most of the backward pass
     re-encode   ours with pictures decoded and encoded by the VAE and prompts by the text encoder at every step
     published   re-encode with the library's own attention kernels and the VAE under autocast, as published scripts run it
 
@@ -45,7 +45,7 @@ from flowalign.setup import Prepared, prepare
 from flowalign.train.trainable import trained
 
 VARIANTS = ("floor", "reference", "ours", "bank", "late", "re-encode", "published")
-LATE = [f"up_blocks.*.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+LATE = [f"up_blocks.1.attentions.1.*.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 """`trainable.targets` of the variant of that name."""
 
 
