@@ -42,6 +42,7 @@ def said(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     "command",
     [
+        "audit pairs.jsonl --write-filtered pairs.jsonl",
         "audit pairs.jsonl --against votes.json --write-filtered link.jsonl",
         "audit folder --against pairs.jsonl --write-filtered pairs.jsonl",
         "calibrate scores.parquet --base base.parquet --out base.parquet",

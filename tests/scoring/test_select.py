@@ -518,21 +518,3 @@ def test_mistakes_are_one_sentence(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert not out.exists()
-
-
-@pytest.mark.parametrize("verb", ["select", "margins", "audit"])
-def test_comparisons_are_not_written_over_those_they_come_from(written: Path, verb: str) -> None:
-    """Rows that the new file leaves out would be lost; nothing is loaded or computed before that is said."""
-    source = written / "pairs.jsonl"
-    runs.select(str(written / "in" / "table.parquet"), by="margin", out=source)
-    before = source.read_bytes()
-    (link := written / "link.jsonl").symlink_to(source)
-    calls: dict[str, Callable[[Path], object]] = {
-        "select": lambda out: runs.select(str(source), by="explicit", out=out),
-        "margins": lambda out: runs.margins("no-such-checkpoint", str(source), out=out),
-        "audit": lambda out: runs.audit(str(source), out=written / "audit", write_filtered=out),
-    }
-    for out in (source, link):
-        with pytest.raises(ConfigError, match=r"give another file, such as --(out|write-filtered) .*-new.jsonl"):
-            calls[verb](out)
-    assert source.read_bytes() == before
