@@ -215,7 +215,6 @@ def prepare(config: Config, accelerator: Accelerator, *, progress: bool = True) 
     if config.trainable.start is not None:
         begins = read_start(config.trainable, config.model, family, config.steer, config.users)
     about["start"] = None if begins is None else begins.fingerprint
-    about["guard"] = None
     if config.guard.policy in ("lower_lr", "rollback"):  # it changes the rate, when and where it sees something
         rhythm = config.train.model_dump(include={"log_every", "validate_every", "validation_draws"})
         about["guard"] = config.guard.model_dump(mode="json") | rhythm

@@ -155,7 +155,7 @@ def test_what_is_read_is_attention_written_out() -> None:
 
 def test_what_does_not_fit_is_one_sentence(checkpoint: Path, family: Family, tmp_path: Path) -> None:
     pipeline, run = plainly(checkpoint), saved(tmp_path / "run", some_users(family))
-    with pytest.raises(ConfigError, match="'eve', which the policy does not know"):
+    with pytest.raises(ConfigError, match="the user 'eve' is not known to the run; allowed: ann, bob"):
         personal(pipeline, run, "eve")
     with pytest.raises(CheckpointError, match=r"holds no users\.safetensors"):
         personal(pipeline, tmp_path, "ann")
