@@ -40,28 +40,37 @@ Make = Callable[..., ImproveConfig]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def loop(folders: dict[str, Path]) -> Make:
-    """loop(output, "draw.images=3", ...): a tiny loop of a random model, over two rounds."""
+def loops(checkpoint: Path, *, train: dict[str, Any], **own: Any) -> Make:
+    """loop(output, "draw.images=3", ...): a tiny loop of a random model, of which settings besides these are `own`."""
 
     def make(output: Path, *overrides: str) -> ImproveConfig:
         tree: dict[str, Any] = {
-            "model": {"checkpoint": str(folders["epsilon"])},
-            "prompts": ["a thing", "b thing", "c thing", "d thing", "e thing", "f thing"],
-            "held_out": 2,
+            "model": {"checkpoint": str(checkpoint)},
             "rounds": 2,
             "rewards": ["colourfulness"],
-            "draw": {"prompts": 3, "images": 3, "steps": 2, "batch_size": 4},
             "objective": {"beta": 500.0},
             "trainable": {"rank": 4},
-            "train": {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu", "log_every": 1},
-            "evaluate": {"rewards": ["sharpness"]},
-            "hacking": {"policy": "warn"},
+            "train": {"steps": 2, "batch_size": 2, "precision": "fp32", "device": "cpu"} | train,
+            "hacking": {"policy": "off"},
             "output": str(output),
         }
-        return config.parse_tree(ImproveConfig, tree, "test", overrides)
+        return config.parse_tree(ImproveConfig, tree | own, "test", overrides)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def loop(folders: dict[str, Path]) -> Make:
+    """Over two rounds, with a reward that only watches."""
+    return loops(
+        folders["epsilon"],
+        train={"learning_rate": 1e-3, "log_every": 1},
+        prompts=["a thing", "b thing", "c thing", "d thing", "e thing", "f thing"],
+        held_out=2,
+        draw={"prompts": 3, "images": 3, "steps": 2, "batch_size": 4},
+        evaluate={"rewards": ["sharpness"]},
+        hacking={"policy": "warn"},
+    )
 
 
 @pytest.fixture(scope="module")

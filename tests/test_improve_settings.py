@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowalign import config, runs
+from flowalign import runs
 from flowalign.errors import ConfigError, RunError
 from flowalign.improve_settings import ImproveConfig
 from flowalign.scoring.table import read_table
-
-Make = Callable[..., ImproveConfig]
+from tests.test_improve import Make, loops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def loop(folders: dict[str, Path]) -> Make:
-    """loop(output, "draw.images=3", ...): a loop of a random model, over one round as small as it can be."""
-
-    def make(output: Path, *overrides: str) -> ImproveConfig:
-        tree: dict[str, Any] = {
-            "model": {"checkpoint": str(folders["epsilon"])},
-            "prompts": ["a thing", "b thing", "c thing"],
-            "held_out": 1,
-            "rounds": 1,
-            "rewards": ["colourfulness"],
-            "draw": {"prompts": 1, "images": 2, "steps": 1},
-            "objective": {"beta": 500.0},
-            "trainable": {"rank": 2},
-            "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "precision": "fp32", "device": "cpu", "log_every": 1},
-            "hacking": {"policy": "off"},
-            "output": str(output),
-        }
-        return config.parse_tree(ImproveConfig, tree, "test", overrides)
-
-    return make
+    """Over one round, as small as it can be."""
+    return loops(
+        folders["epsilon"],
+        train={"steps": 1, "batch_size": 1, "learning_rate": 1e-3, "log_every": 1},
+        prompts=["a thing", "b thing", "c thing"],
+        held_out=1,
+        rounds=1,
+        draw={"prompts": 1, "images": 2, "steps": 1},
+        trainable={"rank": 2},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,8 @@ from flowalign.runs.rounds import Loop
 from flowalign.scoring.steered import drawn_weights
 from flowalign.scoring.table import read_table
 from flowalign.setup import Prepared, prepare
-from tests.test_improve import LORA, assert_equal, left, verb_module
+from tests.test_improve import LORA, Make, assert_equal, left, loops, verb_module
 
-Make = Callable[..., ImproveConfig]
 Weights = tuple[tuple[str, float], ...]
 OBJECTIVES = ("sharpness", "colourfulness")
 
@@ -35,27 +33,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def loop(folders: dict[str, Path]) -> Make:
-    """loop(output, "draw.images=3", ...): a tiny loop of a random model told weights of two rewards, over two rounds."""
-
-    def make(output: Path, *overrides: str) -> ImproveConfig:
-        tree: dict[str, Any] = {
-            "model": {"checkpoint": str(folders["epsilon"])},
-            "prompts": ["a thing", "b thing", "c thing", "d thing"],
-            "held_out": 1,
-            "rounds": 2,
-            "rewards": ["colourfulness", "sharpness"],
-            "steer": {"objectives": list(OBJECTIVES), "hidden": 8},
-            "draw": {"prompts": 2, "images": 3, "weights": 2, "steps": 2, "batch_size": 12},
-            "replay": {"rounds": 1, "share": 0.4},
-            "objective": {"beta": 500.0},
-            "trainable": {"rank": 4},
-            "train": {"steps": 2, "batch_size": 2, "learning_rate": 3e-2, "precision": "fp32", "device": "cpu"},
-            "hacking": {"policy": "off"},
-            "output": str(output),
-        }
-        return config.parse_tree(ImproveConfig, tree, "test", overrides)
-
-    return make
+    """Told weights of two rewards, over two rounds."""
+    return loops(
+        folders["epsilon"],
+        train={"learning_rate": 3e-2},
+        prompts=["a thing", "b thing", "c thing", "d thing"],
+        held_out=1,
+        rewards=["colourfulness", "sharpness"],
+        steer={"objectives": list(OBJECTIVES), "hidden": 8},
+        draw={"prompts": 2, "images": 3, "weights": 2, "steps": 2, "batch_size": 12},
+        replay={"rounds": 1, "share": 0.4},
+    )
 
 
 @pytest.fixture(scope="module")

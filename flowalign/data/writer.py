@@ -75,12 +75,13 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def check_not_source(out: Path, source: str | Path, flag: str = "--out") -> None:
-    """Raises ConfigError where `out` is the file that is read: rows that are left out of the new one would be lost.
+def check_not_source(out: Path, *sources: str | Path | None, flag: str = "--out") -> None:
+    """Raises ConfigError where `out` is a file that is read: rows that are left out of the new one would be lost.
 
-    flag: of the command line that `out` comes from.
+    sources: all that is read; None is not given. flag: of the command line that `out` comes from.
     """
-    if out.exists() and (here := Path(source).expanduser()).exists() and out.samefile(here):
+    read = [Path(source).expanduser() for source in sources if source is not None]
+    if out.exists() and any(here.exists() and out.samefile(here) for here in read):
         other = out.with_name(f"{out.stem}-new{out.suffix}")
         raise ConfigError(
             f"{flag} is {out}, which is what is read and would be lost; give another file, such as {flag} {other}."

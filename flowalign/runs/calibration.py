@@ -52,9 +52,7 @@ def calibrate(
     new, saved = _files(table, fitted, out)
     for file in (new, saved) if fitted is None else (new,):
         check_file(file)
-        for read in (table, base, pairs, fitted):
-            if read is not None:
-                check_not_source(file, read)
+        check_not_source(file, table, base, pairs, fitted)
     scores = read_table(table)
     labelled = None
     seen = None if general in (None, SCORES) else Seen(str(general), choose_device(device), progress=progress)

@@ -51,9 +51,7 @@ def audit(
         raise ConfigError(f"the filtered comparisons are JSON lines and {write_filtered} does not end with .jsonl; rename it.")
     if write_filtered is not None:
         check_file(write_filtered, "write-filtered")
-        for read in (source, table, against):
-            if read is not None:
-                check_not_source(write_filtered, read, "--write-filtered")
+        check_not_source(write_filtered, source, table, against, flag="--write-filtered")
     check_folder(out)
     comparisons = open_comparisons(source, format=format, split=split, columns=columns)
     other = (

@@ -103,7 +103,7 @@ def export_kohya(run: Path, out: Path | None = None) -> dict[str, Any]:
     source = run / "weights" / LORA
     if not source.is_file():
         raise CheckpointError(f"{run} holds no weights/{LORA}; give the folder of a finished LoRA run.")
-    kind = ImproveConfig if (run / "improve.json").is_file() else Config
+    kind = ImproveConfig if (run / IMPROVED).is_file() else Config
     settings = configuration.load_tree(kind, run / "config.yaml").trainable
     path = out or run / "weights" / "kohya.safetensors"
     check_file(path)

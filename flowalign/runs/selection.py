@@ -74,9 +74,7 @@ def select(
     does not read, but for the seed, and RunError where nothing is left.
     """
     check_file(out)
-    for read in (source, plan):
-        if read is not None:
-            check_not_source(out, read)
+    check_not_source(out, source, plan)
     table_only = {"score": score, "most": most, "least": least, "ties": ties, "tie_width": tie_width, "labels": labels}
     table_only |= {"objectives": objectives or None, "alpha": alpha, "draws": draws, "plan": plan, "temperature": temperature}
     given = {name: value for name, value in table_only.items() if value is not None}
